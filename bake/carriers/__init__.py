@@ -1,0 +1,1 @@
+"""The carriers of an additive vector, one a file: where the weights hold it."""

@@ -1,0 +1,228 @@
+"""The read side of a safetensors checkpoint: headers, single tensors, sidecar files.
+
+Opening reads headers only. The format is described at
+https://github.com/huggingface/safetensors#format: eight bytes of little-endian
+header length, a JSON header, then the tensors' bytes without holes.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from bake.errors import CheckpointError
+
+__all__ = ["DTYPES", "EDITABLE", "INDEX", "Checkpoint", "Shard", "TensorInfo", "read_tensor"]
+
+# The cap of the reference implementation (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
+MAX_HEADER: Final = 100_000_000
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+EDITABLE: Final = ("F32", "F16", "BF16", "F64")
+
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `stop` are absolute byte offsets in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its tensors in the order of their bytes, and its `__metadata__`."""
+
+    file: Path
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a config.json and safetensors files."""
+
+    folder: Path
+    config: Mapping[str, object]
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Read the headers of every shard.
+
+        Raises CheckpointError for anything missing, truncated or contradictory.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; give a checkpoint folder or a Hub id")
+        config = _read_json(folder / "config.json")
+        if "quantization_config" in config:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: quantization_config: the checkpoint is quantised; "
+                "bake edits unquantised weights, so give the original checkpoint"
+            )
+        shards = tuple(_read_shard(file) for file in _shard_files(folder))
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for info in shard.tensors:
+                if info.name in tensors:
+                    raise CheckpointError(
+                        f"{info.file}: {info.name} is also in {tensors[info.name].file.name}"
+                    )
+                tensors[info.name] = info
+        return cls(folder, config, shards, tensors)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor in the type it has on disk."""
+        return read_tensor(self.find(name))
+
+    def find(self, name: str) -> TensorInfo:
+        """The header entry of a tensor; raises CheckpointError when there is none."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: no tensor named {name}")
+        return self.tensors[name]
+
+    def sidecars(self) -> tuple[Path, ...]:
+        """Every file beside the shards that belongs to the model, sorted by name.
+
+        Weights in other formats are left out: they would be the unedited model.
+        """
+        weights = {shard.file.name for shard in self.shards}
+        foreign = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+        return tuple(
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and path.name not in weights
+            and not path.name.startswith(".")
+            and not path.name.endswith(foreign)
+        )
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read the bytes of one tensor, shape and dtype as in its header."""
+    try:
+        with info.file.open("rb") as stream:
+            stream.seek(info.start)
+            data = stream.read(info.stop - info.start)
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: {error.strerror}") from error
+    if len(data) != info.stop - info.start:
+        raise CheckpointError(f"{info.file}: truncated inside {info.name}; download it again")
+    if not data:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).view(info.shape)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / SINGLE
+        if single.exists():
+            return [single]
+        raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}; bake reads safetensors")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map: missing or empty")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: weight_map: {name!r} is not a file of this folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing, but {INDEX} names it")
+    return [folder / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+def _read_shard(file: Path) -> Shard:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or truncated "
+                    f"(header of {length} bytes in a file of {size}); download it again"
+                )
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: unreadable safetensors header ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: unreadable safetensors header (not an object)")
+    metadata = header.pop("__metadata__", None)
+    data_start = 8 + length
+    found = (_info(file, name, entry, data_start) for name, entry in header.items())
+    tensors = tuple(sorted(found, key=lambda info: (info.start, info.stop)))
+    end = data_start
+    for info in tensors:
+        if info.start != end:
+            raise CheckpointError(f"{file}: {info.name}: its bytes overlap or leave a hole")
+        end = info.stop
+    if end != size:
+        raise CheckpointError(
+            f"{file}: truncated or padded: {size} bytes, but its header describes {end}; "
+            "download it again"
+        )
+    return Shard(file, tensors, metadata)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate key")
+    return found
+
+
+def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(first), int(last)]}:
+            pass
+        case _:
+            raise CheckpointError(f"{file}: {name}: malformed header entry")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: {name}: dtype {dtype!r} is not supported")
+    if not all(isinstance(length, int) and length >= 0 for length in shape):
+        raise CheckpointError(f"{file}: {name}: malformed shape {shape}")
+    if not 0 <= first <= last or last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointError(f"{file}: {name}: offsets do not match shape {shape} of {dtype}")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + first, data_start + last)

@@ -1,0 +1,151 @@
+"""Changes to one tensor, as values: what a plan is made of.
+
+Every edit maps a float32 tensor to a new float32 tensor of the same shape and
+knows the invariant that it promises, so that what was written can be measured.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AddVector",
+    "CreatedTensor",
+    "Edit",
+    "LowRank",
+    "PlannedEdit",
+    "RemoveSubspace",
+    "Step",
+    "apply_all",
+]
+
+
+class Edit(Protocol):
+    """A change to the tensor named `tensor`."""
+
+    @property
+    def tensor(self) -> str:
+        """The tensor's name."""
+        ...
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the edited tensor; float32 in and out, same shape, argument unchanged."""
+        ...
+
+    def residual(self, before: Tensor, after: Tensor) -> float:
+        """Return how far `after` is from what was promised for `before`; 0 is perfect."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlannedEdit:
+    """An edit before its numbers are known: what will change, and why, from headers alone."""
+
+    operator: str
+    carrier: str
+    layer: int | None
+    site: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CreatedTensor:
+    """A tensor that the base does not have: zeros of `shape` before its edits.
+
+    It goes right behind the tensor named `beside`, into the same file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    beside: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one entry of a recipe's `edits` changes: tensors, new tensors, config keys."""
+
+    edits: tuple[PlannedEdit, ...]
+    created: tuple[CreatedTensor, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class AddVector:
+    """Add a vector to a bias of shape [d_out].
+
+    The residual is the relative error of the written difference.
+    """
+
+    tensor: str
+    vector: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
+        return weight + self.vector
+
+    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
+        return _relative(after - before, self.vector)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Add `left @ right` to a matrix: W' = W + L R, W [out, in], L [out, k], R [k, in].
+
+    A rank-one write v cᵀ is the case k = 1, a merged LoRA is L = scale·B, R = A
+    (Hu et al. 2021, arXiv:2106.09685, equation 3). The residual is the relative
+    Frobenius error of the written difference.
+    """
+
+    tensor: str
+    left: Tensor
+    right: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
+        return weight + self.left @ self.right
+
+    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
+        return _relative(after - before, self.left @ self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class RemoveSubspace:
+    """Take a subspace out of what a matrix writes: W' = W - λ R Rᵀ W, W [out, in], R [out, k].
+
+    R has orthonormal columns. With `axis` 1 the written side is the second axis
+    (embeddings [vocabulary, d], GPT-2's Conv1D): W' = W - λ W R Rᵀ. The residual
+    is |Rᵀ W' - (1 - λ) Rᵀ W| / |Rᵀ W| (Arditi et al. 2024, arXiv:2406.11717, eq. 5).
+    """
+
+    tensor: str
+    basis: Tensor
+    strength: float = 1.0
+    axis: int = 0
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
+        if self.axis == 0:
+            return weight - self.strength * (self.basis @ (self.basis.T @ weight))
+        return weight - self.strength * ((weight @ self.basis) @ self.basis.T)
+
+    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
+        written, kept = self._component(after), self._component(before)
+        return float((written - (1 - self.strength) * kept).norm() / kept.norm().clamp_min(1e-30))
+
+    def _component(self, weight: Tensor) -> Tensor:
+        return self.basis.T @ weight if self.axis == 0 else weight @ self.basis
+
+
+def apply_all(edits: Iterable[Edit], weight: Tensor) -> Tensor:
+    """Compose edits in order, in float32; the caller casts once."""
+    edited = weight.to(torch.float32)
+    for edit in edits:
+        edited = edit.apply(edited)
+    return edited
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))

@@ -1,0 +1,83 @@
+"""Every error that bake raises on purpose, and the exit code that each one means.
+
+    BakeError                       (1)
+    ├── InputError                  1   something the user gave cannot be used
+    │   ├── RecipeError             1   the recipe: syntax, keys, values
+    │   ├── PromptError             1   a prompt set
+    │   ├── CheckpointError         1   a safetensors checkpoint or its config
+    │   ├── GGUFError               1   a GGUF file
+    │   ├── ArchitectureError       1   a model outside the table, a layer out of range
+    │   └── OutputError             1   the output folder: exists, full, not writable
+    ├── FitError                    1   the data do not determine a direction
+    ├── GuardError                  3   the bake changed what it promised to protect
+    └── VerificationError           4   what was written is not what was planned
+
+Code 0 is success, 2 a usage error (click), 130 an interrupt. Anything else that
+escapes is a bug and shows its traceback.
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "ArchitectureError",
+    "BakeError",
+    "CheckpointError",
+    "FitError",
+    "GGUFError",
+    "GuardError",
+    "InputError",
+    "OutputError",
+    "PromptError",
+    "RecipeError",
+    "VerificationError",
+]
+
+
+class BakeError(Exception):
+    """The root of the tree; its text is what the user reads on stderr."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(BakeError):
+    """Something the user gave cannot be used; the text names it and the remedy."""
+
+
+class RecipeError(InputError):
+    """The recipe is wrong; the text has one `file:line:column: path: message` a line."""
+
+
+class PromptError(InputError):
+    """A prompt set is missing, malformed or too small."""
+
+
+class CheckpointError(InputError):
+    """A safetensors checkpoint or one of its sidecar files cannot be read."""
+
+
+class GGUFError(InputError):
+    """A GGUF file cannot be read, or is not of the model that is being edited."""
+
+
+class ArchitectureError(InputError):
+    """The model is outside the architecture table, or lacks what the recipe edits."""
+
+
+class OutputError(InputError):
+    """The output cannot be written: it exists, the disk is full, a path is not writable."""
+
+
+class FitError(BakeError):
+    """The data do not determine a direction: too few samples, one class, not finite."""
+
+
+class GuardError(BakeError):
+    """The bake moved a protected behaviour beyond what the recipe allows."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class VerificationError(BakeError):
+    """What was read back from disk is not what the plan promised."""
+
+    exit_code: ClassVar[int] = 4

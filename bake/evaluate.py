@@ -1,0 +1,111 @@
+"""Behaviour on the test split, in any runtime, and the guard over it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bake.judge import Judge
+from bake.prompts import Prompt
+from bake.recipe import Guard
+
+__all__ = ["Answer", "Rate", "breaches", "judged", "rates", "runtime_gaps"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one prompt, and whether the judge took it for a refusal."""
+
+    prompt: Prompt
+    text: str
+    refused: bool
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Refusals out of all answers."""
+
+    refused: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Refusals in percent; 0 of an empty set."""
+        return 100 * self.refused / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.percent:.1f} % ({self.refused}/{self.total})"
+
+
+def judged(
+    prompts: Mapping[str, Sequence[Prompt]],
+    render: Callable[[str], list[int]],
+    answer: Callable[[list[list[int]]], Sequence[Sequence[int]]],
+    text: Callable[[Sequence[int]], str],
+    judge: Judge,
+) -> dict[str, tuple[Answer, ...]]:
+    """Answer every role's prompts in one go and judge the answers.
+
+    `answer` maps rendered prompts to greedy answers, both as token ids, in any runtime.
+    """
+    flat = [prompt for chosen in prompts.values() for prompt in chosen]
+    written = iter(answer([render(prompt.text) for prompt in flat]))
+    found: dict[str, tuple[Answer, ...]] = {}
+    for role, chosen in prompts.items():
+        answers = []
+        for prompt in chosen:
+            said = text(next(written))
+            answers.append(Answer(prompt, said, judge.refuses(prompt.text, said)))
+        found[role] = tuple(answers)
+    return found
+
+
+def rates(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Rate]:
+    """Refusals by role."""
+    return {
+        role: Rate(sum(answer.refused for answer in found), len(found))
+        for role, found in answers.items()
+    }
+
+
+def breaches(
+    guard: Guard, before: Mapping[str, Rate], after: Mapping[str, Rate], runtime: str
+) -> list[str]:
+    """What the guard forbids and the bake did, a line each; empty when all is well."""
+    lines = []
+    target = after["target"].percent
+    if guard.target_at_most is not None and target > guard.target_at_most:
+        lines.append(
+            f"target refusals are {target:.1f} %, at most {guard.target_at_most:g} % asked"
+        )
+    if guard.target_at_least is not None and target < guard.target_at_least:
+        lines.append(
+            f"target refusals are {target:.1f} %, at least {guard.target_at_least:g} % asked"
+        )
+    limits: list[tuple[str, str, float, int]] = [
+        ("protected", "fell", guard.protected_drop, -1),
+        ("lookalike", "rose", guard.lookalike_rise, 1),
+        ("general", "rose", guard.general_rise, 1),
+    ]
+    for role, verb, limit, sign in limits:
+        if role in before:
+            moved = sign * (after[role].percent - before[role].percent)
+            if moved > limit:
+                lines.append(f"{role} refusals {verb} by {moved:.1f} points, {limit:g} allowed")
+    return [f"guard, {runtime}: {line}" for line in lines]
+
+
+def runtime_gaps(guard: Guard, after: Mapping[str, Mapping[str, Rate]]) -> list[str]:
+    """Sets on which two runtimes differ by more than the guard allows, a line each."""
+    lines = []
+    for role in next(iter(after.values()), {}):
+        by_runtime: dict[str, Any] = {
+            runtime: found[role].percent for runtime, found in after.items()
+        }
+        gap = max(by_runtime.values()) - min(by_runtime.values())
+        if gap > guard.runtime_gap:
+            shown = ", ".join(f"{runtime} {value:.1f} %" for runtime, value in by_runtime.items())
+            lines.append(
+                f"guard: {role} refusals differ by {gap:.1f} points between runtimes ({shown}), "
+                f"{guard.runtime_gap:g} allowed"
+            )
+    return lines

@@ -1,0 +1,1 @@
+"""What writes a baked model: one exporter a file."""

@@ -1,0 +1,32 @@
+"""The ridge readout behind a rank-one gate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["ReadoutClass", "ridge_readout"]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadoutClass:
+    """One class of inputs a: mean [d], E a aᵀ [d, d], and the value that the probe shall read."""
+
+    mean: Tensor
+    gram: Tensor
+    value: float
+
+
+def ridge_readout(classes: Sequence[ReadoutClass], ridge: float) -> Tensor:
+    """The probe c [d] = argmin Σ_k E_k (cᵀa - y_k)² + λ |c|², every class with equal weight.
+
+    λ = `ridge` times the mean of the diagonal of Σ_k G_k. Closed form:
+    c = (Σ_k G_k + λ I)⁻¹ Σ_k y_k m_k.
+    """
+    gram = torch.stack([one.gram for one in classes]).sum(0)
+    wanted = torch.stack([one.value * one.mean for one in classes]).sum(0)
+    scale = ridge * gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    probe: Tensor = torch.linalg.solve(gram + scale * eye, wanted)
+    return probe

@@ -1,0 +1,185 @@
+"""The fit: from a live model and labelled prompts to interventions.
+
+One pass measures every class: means at the last prompt token after every block
+that needs a direction, Gram matrices of the gated writers' inputs at the tokens
+where a gate decides.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from bake.activations import Conversation, Moments, Tap, collect
+from bake.errors import FitError
+from bake.fit.mean_difference import mean_difference
+from bake.fit.protect import without
+from bake.fit.readout import ReadoutClass, ridge_readout
+from bake.fit.rmd import rmd, rmd_dual
+from bake.fit.wrmd import confidence_weight
+from bake.hooks import Intervention
+from bake.judge import Judge
+from bake.model import LiveModel
+from bake.ops import OPERATORS, Measured
+from bake.plan import Plan
+from bake.prompts import Prompt
+from bake.recipe import Recipe
+
+__all__ = ["ClassRecord", "Fitted", "fit"]
+
+MINIMUM = 8
+LABEL_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class ClassRecord:
+    """How the base model behaves on a class's fitting prompts."""
+
+    prompts: int
+    refused: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The interventions in the plan's order, and the figures of the fit.
+
+    `gaps` is the length of each layer's direction; `openings` what each module's
+    probe reads on average in every class: 1 on the target and 0 elsewhere is ideal.
+    """
+
+    interventions: tuple[Intervention, ...]
+    classes: Mapping[str, ClassRecord]
+    gaps: Mapping[int, float]
+    openings: Mapping[str, Mapping[str, float]]
+
+
+def fit(
+    model: LiveModel,
+    plan: Plan,
+    recipe: Recipe,
+    prompts: Mapping[str, Sequence[Prompt]],
+    judge: Judge,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Fitted:
+    """Fit every edit of the recipe on the prompts of each role's `fit` split.
+
+    `progress` receives the number of prompts done since the last call; each prompt
+    is done twice, answered and measured. Raises FitError when a class has too few
+    prompts that behave as the direction needs them.
+    """
+    conversations, records = {}, {}
+    for role, chosen in prompts.items():
+        conversations[role], records[role] = _conversations(
+            model, recipe, role, chosen[: recipe.fit.prompts_per_class], judge, progress
+        )
+    layers = {layer for spec in recipe.edits for layer in OPERATORS[spec.op].layers(spec)}
+    probed = {
+        module
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        for module in OPERATORS[spec.op].probed(step)
+    }
+    few = len(conversations[recipe.fit.contrast]) < plan.width
+    taps = _taps(model, recipe, layers, probed, few)
+    moments = {
+        role: collect(model, found, taps, progress=progress)
+        for role, found in conversations.items()
+    }
+    openings: dict[str, dict[str, float]] = {}
+
+    def probe(module: str, ridge: float) -> Tensor:
+        found = _readout(moments, module, ridge)
+        openings[module] = {
+            role: float(found @ by_tap[module].mean) for role, by_tap in moments.items()
+        }
+        return found
+
+    measured = Measured({layer: _direction(recipe, moments, layer) for layer in layers}, probe)
+    interventions = tuple(
+        one
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        for one in OPERATORS[spec.op].build(spec, step, measured, model.arch)
+    )
+    gaps = {layer: float(measured.directions[layer].norm()) for layer in sorted(layers)}
+    return Fitted(interventions, records, gaps, openings)
+
+
+def _conversations(
+    model: LiveModel,
+    recipe: Recipe,
+    role: str,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    progress: Callable[[int], None],
+) -> tuple[list[Conversation], ClassRecord]:
+    """Answer the prompts, label the answers, and mark the positions that count."""
+    wants_refusal = role == recipe.fit.refused
+    tail, answer_tokens = recipe.fit.positions.template, recipe.fit.positions.answer
+    starts = [model.render(prompt.text) for prompt in prompts]
+    answers = model.answer(starts, max(LABEL_TOKENS, answer_tokens), progress=progress)
+    found, refused = [], 0
+    for prompt, start, answer in zip(prompts, starts, answers, strict=True):
+        refuses = judge.refuses(prompt.text, model.text(answer))
+        refused += refuses
+        weight = 0.0
+        if refuses == wants_refusal or role not in (recipe.fit.refused, recipe.fit.contrast):
+            confidence = 1.0 if refuses else -1.0
+            weighted = recipe.fit.estimator == "wrmd"
+            weight = confidence_weight(confidence, refuses) if weighted else 1.0
+        ids = (*start, *answer[:answer_tokens])
+        first = max(0, len(start) - tail)
+        found.append(Conversation(ids, len(start) - 1, tuple(range(first, len(ids))), weight))
+    usable = sum(one.weight > 0 for one in found)
+    if usable < MINIMUM:
+        behaviour = "refused" if wants_refusal else "answered"
+        raise FitError(
+            f"prompts.{role}: only {usable} of {len(found)} fitting prompts were {behaviour} "
+            f"by the base model, at least {MINIMUM} are needed; give more or other prompts"
+        )
+    return found, ClassRecord(len(found), refused)
+
+
+def _taps(
+    model: LiveModel, recipe: Recipe, layers: Iterable[int], probed: Iterable[str], few: bool
+) -> dict[Any, Tap]:
+    """What to measure; with `few` samples ridge estimators keep them for their dual form."""
+    taps: dict[Any, Tap] = {}
+    ridge: Literal["samples", "second"] = "samples" if few else "second"
+    for layer in layers:
+        keep = "mean" if recipe.fit.estimator == "mean-difference" else ridge
+        taps[layer] = Tap(model.block(layer), "output", "last", keep)
+    for module in probed:
+        taps[module] = Tap(model.model.get_submodule(module), "input", "decision", "second")
+    return taps
+
+
+def _direction(recipe: Recipe, moments: Mapping[str, Mapping[Any, Moments]], layer: int) -> Tensor:
+    """The refusal direction after a block, scaled to the gap between the two classes.
+
+    A strength of 1 therefore moves the answered class's mean to the refused one's,
+    measured along the direction.
+    """
+    choice = recipe.fit
+    refused, answered = moments[choice.refused][layer], moments[choice.contrast][layer]
+    difference = mean_difference(refused.mean, answered.mean)
+    if choice.estimator == "mean-difference":
+        direction = difference
+    elif answered.keep == "samples":
+        direction = rmd_dual(refused.mean, answered.mean, answered.centred, choice.ridge)
+    else:
+        direction = rmd(refused.mean, answered.mean, answered.covariance, choice.ridge)
+    if choice.protect == "remove":
+        protected = mean_difference(moments["protected"][layer].mean, answered.mean)
+        direction = without(direction, protected)
+    unit = direction / direction.norm()
+    gap: Tensor = (unit @ difference) * unit
+    return gap
+
+
+def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, ridge: float) -> Tensor:
+    """The probe that reads 1 on the target's decision tokens and 0 on every other class's."""
+    classes = [
+        ReadoutClass(by_tap[module].mean, by_tap[module].gram, float(role == "target"))
+        for role, by_tap in moments.items()
+    ]
+    return ridge_readout(classes, ridge)

@@ -1,0 +1,220 @@
+"""Measure a bake in its runtimes: parity with the hooked model, and behaviour."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bake.errors import VerificationError
+from bake.evaluate import Answer, judged, rates
+from bake.hooks import Intervention, steered
+from bake.judge import Judge
+from bake.llama import LlamaModel
+from bake.model import Batch, LiveModel, batches
+from bake.ops.add import Add
+from bake.progress import progress
+from bake.prompts import Prompt
+from bake.recipe import Recipe
+from bake.verify import Divergence
+
+__all__ = ["Artefacts", "Measured", "measure"]
+
+CONTROL_VECTOR = "llama.cpp, its own control vector"
+Answers = Mapping[str, tuple[Answer, ...]]
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """What is compared: base and baked folder, base and baked GGUF; None where none is written."""
+
+    base: Path
+    baked: Path | None
+    base_gguf: Path | None
+    baked_gguf: Path | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Answers before and after by runtime and role; parity by reference.
+
+    The references are the hooked model, for each runtime, and for a recipe that only
+    adds at `out` also llama.cpp's own control vector on the base GGUF.
+    """
+
+    before: Mapping[str, Answers]
+    after: Mapping[str, Answers]
+    parity: Mapping[str, Divergence]
+
+    def as_json(self) -> dict[str, object]:
+        """Every figure as plain values."""
+
+        def counted(answers: Mapping[str, Answers]) -> dict[str, object]:
+            return {
+                runtime: {role: vars(rate) for role, rate in rates(found).items()}
+                for runtime, found in answers.items()
+            }
+
+        return {
+            "refusals": {"before": counted(self.before), "after": counted(self.after)},
+            "parity": {
+                runtime: {"lost_share": one.lost_share, **vars(one)}
+                for runtime, one in self.parity.items()
+            },
+        }
+
+
+def measure(
+    recipe: Recipe,
+    model: LiveModel,
+    interventions: Sequence[Intervention],
+    artefacts: Artefacts,
+    prompts: Mapping[str, Sequence[Prompt]],
+    judge: Judge,
+) -> Measured:
+    """Compare base, hooked and baked model on the test split's prompts by role.
+
+    Logits are compared in float32, answers are given in the written type. Without a
+    baked folder the hooked model answers for transformers. Raises VerificationError
+    when a runtime's logits are further from the hooked model's than the recipe allows.
+    """
+    longest = max(len(model.render(one.text)) for one in chain.from_iterable(prompts.values()))
+    room = longest + recipe.evaluate.answer_tokens + 1
+    with ExitStack() as stack:
+        llamas: dict[str, LlamaModel] = {}
+        if artefacts.base_gguf and artefacts.baked_gguf:
+            for name, path in (("base", artefacts.base_gguf), ("baked", artefacts.baked_gguf)):
+                llama = LlamaModel(path, context=room, threads=torch.get_num_threads())
+                llamas[name] = stack.enter_context(llama)
+        compared = [model.render(one.text) for one in _in_turn(prompts, recipe.verify.prompts)]
+        parity = _parity(model, interventions, artefacts, llamas, compared)
+        _check(recipe, parity)
+        before, after = _behaviour(recipe, model, interventions, artefacts, llamas, prompts, judge)
+    return Measured(before, after, parity)
+
+
+def _parity(
+    model: LiveModel,
+    interventions: Sequence[Intervention],
+    artefacts: Artefacts,
+    llamas: Mapping[str, LlamaModel],
+    compared: Sequence[Sequence[int]],
+) -> dict[str, Divergence]:
+    """Logits of every baked form against the hooked base, all in float32."""
+    found: dict[str, Divergence] = {}
+    single = LiveModel.load(artefacts.base, model.arch, torch.float32)
+    baked = None
+    if artefacts.baked:
+        baked = LiveModel.load(artefacts.baked, model.arch, torch.float32)
+    with progress("parity", len(compared)) as update:
+        for batch in batches(compared, model.tokenizer.pad_token_id, 4):
+            real = batch.mask.bool()
+            base = single.logits(batch)[real]
+            with steered(single, interventions):
+                hooked = single.logits(batch)[real]
+            if baked:
+                total = found.setdefault("transformers", Divergence())
+                total.add(base, hooked, baked.logits(batch)[real])
+            if llamas:
+                total = found.setdefault("llama.cpp", Divergence())
+                total.add(base, hooked, _llama_logits(llamas["baked"], batch))
+            update(len(batch.rows))
+    if llamas:
+        _control_vector(found, llamas, interventions, compared)
+    return found
+
+
+def _behaviour(
+    recipe: Recipe,
+    model: LiveModel,
+    interventions: Sequence[Intervention],
+    artefacts: Artefacts,
+    llamas: Mapping[str, LlamaModel],
+    prompts: Mapping[str, Sequence[Prompt]],
+    judge: Judge,
+) -> tuple[dict[str, Answers], dict[str, Answers]]:
+    """The answers before and after, by runtime."""
+    before: dict[str, Answers] = {}
+    after: dict[str, Answers] = {}
+    count = 2 * sum(map(len, prompts.values()))
+    size, tokens = recipe.evaluate.batch, recipe.evaluate.answer_tokens
+
+    def ask(answer: Callable[[list[list[int]]], Sequence[Sequence[int]]]) -> Answers:
+        return judged(prompts, model.render, answer, model.text, judge)
+
+    if "transformers" in recipe.evaluate.runtimes:
+        with progress("answers, transformers", count) as update:
+            before["transformers"] = ask(
+                partial(model.answer, tokens=tokens, batch_size=size, progress=update)
+            )
+            baked = LiveModel.load(artefacts.baked, model.arch) if artefacts.baked else model
+            with steered(baked, () if artefacts.baked else interventions):
+                after["transformers"] = ask(
+                    partial(baked.answer, tokens=tokens, batch_size=size, progress=update)
+                )
+    if llamas and "llama.cpp" in recipe.evaluate.runtimes:
+        with progress("answers, llama.cpp", count) as update:
+            for name, into in (("base", before), ("baked", after)):
+                into["llama.cpp"] = ask(
+                    partial(llamas[name].generate, max_tokens=tokens, progress=update)
+                )
+    return before, after
+
+
+def _in_turn(prompts: Mapping[str, Sequence[Prompt]], count: int) -> list[Prompt]:
+    """`count` prompts, one of each role in turn."""
+    turns = chain.from_iterable(zip_longest(*prompts.values()))
+    return [prompt for prompt in turns if prompt is not None][:count]
+
+
+def _llama_logits(llama: LlamaModel, batch: Batch) -> Tensor:
+    """llama.cpp's logits at the real positions of a padded batch, row after row."""
+    rows = [
+        llama.logits(ids[mask.bool()].tolist())
+        for ids, mask in zip(batch.ids, batch.mask, strict=True)
+    ]
+    return torch.cat([torch.from_numpy(row) for row in rows])
+
+
+def _control_vector(
+    found: dict[str, Divergence],
+    llamas: Mapping[str, LlamaModel],
+    interventions: Sequence[Intervention],
+    compared: Sequence[Sequence[int]],
+) -> None:
+    """Compare the patched GGUF with the base GGUF under llama.cpp's own control vector.
+
+    It adds behind the block what the bias adds inside it, so the logits are mostly
+    equal to the last bit; where a rounding of an 8-bit activation flips they are not.
+    """
+    adds = [
+        one for one in interventions if isinstance(one, Add) and one.site == "out" and one.layer
+    ]
+    if len(adds) != len(interventions):
+        return
+    base, baked = llamas["base"], llamas["baked"]
+    vectors = torch.zeros(base.layers, base.hidden_size)
+    for one in adds:
+        vectors[one.layer] += one.vector
+    total = found.setdefault(CONTROL_VECTOR, Divergence())
+    for ids in compared:
+        plain = torch.from_numpy(base.logits(ids))
+        base.set_control_vector(vectors)
+        steered_logits = torch.from_numpy(base.logits(ids))
+        base.set_control_vector(None)
+        total.add(plain, steered_logits, torch.from_numpy(baked.logits(ids)))
+
+
+def _check(recipe: Recipe, found: Mapping[str, Divergence]) -> None:
+    for runtime, parity in found.items():
+        key = "lost_share" if runtime == "transformers" else "gguf_lost_share"
+        limit = getattr(recipe.verify, key)
+        if not parity.lost_share <= limit:
+            raise VerificationError(
+                f"parity, {runtime}: the baked model lost {parity.lost_share:.1e} of the steering, "
+                f"verify.{key} allows {limit:g}"
+            )

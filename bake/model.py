@@ -1,0 +1,184 @@
+"""A live model: loaded through transformers, spoken to through its chat template."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bake.archs import Arch, Site
+from bake.errors import CheckpointError
+
+__all__ = ["Batch", "LiveModel", "batches"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Left-padded token ids [batch, length], their attention mask, and their row numbers."""
+
+    ids: Tensor
+    mask: Tensor
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LiveModel:
+    """A causal language model with its tokenizer and its row of the architecture table."""
+
+    model: Any
+    tokenizer: Any
+    arch: Arch
+
+    @classmethod
+    def load(cls, folder: Path, arch: Arch, dtype: torch.dtype | None = None) -> "LiveModel":
+        """Load a checkpoint folder with stock classes, refusing weights that they ignore.
+
+        Without a dtype it is the checkpoint's own, or float32 where the processor has
+        no fast arithmetic in that. Raises CheckpointError when transformers cannot load
+        it, when tensors of the file find no place in the class, or when there is no
+        chat template.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
+        for kind in ("unexpected_keys", "missing_keys", "mismatched_keys"):
+            names = sorted(map(str, report.get(kind, ())))
+            if names:
+                raise CheckpointError(
+                    f"{folder}: transformers reports {kind.replace('_', ' ')}: {names[0]}"
+                    + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+                )
+        if tokenizer.chat_template is None:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has no chat template; bake steers chat models"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if dtype is None and not _fast(model.dtype):
+            model.float()
+        model.eval()
+        return cls(model, tokenizer, arch)
+
+    def render(self, prompt: str) -> list[int]:
+        """The token ids of one user turn, up to where the assistant's answer begins."""
+        ids = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        return list(ids)
+
+    def block(self, layer: int) -> nn.Module:
+        """The decoder block of a layer."""
+        return self._module(self.arch.layer.format(layer=layer))
+
+    def writer(self, layer: int, site: Site) -> nn.Module:
+        """The module that writes to the residual stream at a site of a layer."""
+        return self._module(self.arch.module_name(layer, self.arch.writer(site)))
+
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+        return self._module(self.arch.embedding)
+
+    def _module(self, name: str) -> nn.Module:
+        found: nn.Module = self.model.get_submodule(name)
+        return found
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [batch, length, vocabulary] in float32; rows of padding mean nothing."""
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=_positions(batch.mask)
+            )
+        logits: Tensor = output.logits.float()
+        return logits
+
+    def run(self, batch: Batch) -> None:
+        """Run the decoder without the head, for what hooks see on the way."""
+        with torch.inference_mode():
+            self.model.base_model(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                position_ids=_positions(batch.mask),
+                use_cache=False,
+            )
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        batch_size: int = 32,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> list[list[int]]:
+        """Greedy answers of at most `tokens` tokens, without the end-of-turn token.
+
+        `progress` receives the number of answers finished since the last call.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        ends = self._end_tokens()
+        for batch in batches(prompts, self.tokenizer.pad_token_id, batch_size):
+            with torch.inference_mode():
+                written = self.model.generate(
+                    input_ids=batch.ids,
+                    attention_mask=batch.mask,
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            for row, ids in zip(batch.rows, written[:, batch.ids.shape[1] :].tolist(), strict=True):
+                stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+                answers[row] = ids[:stop]
+            progress(len(batch.rows))
+        return answers
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Token ids as text, special tokens left out."""
+        decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return decoded
+
+    def _end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        found = set(ends) if isinstance(ends, list) else {ends}
+        return {*found, self.tokenizer.eos_token_id} - {None}
+
+
+def batches(sequences: Sequence[Sequence[int]], padding: int, batch_size: int) -> Iterator[Batch]:
+    """Group sequences by length and pad them on the left; `rows` leads back to the order given."""
+    order = sorted(range(len(sequences)), key=lambda row: (len(sequences[row]), row))
+    for first in range(0, len(order), batch_size):
+        rows = tuple(order[first : first + batch_size])
+        length = max(len(sequences[row]) for row in rows)
+        ids = torch.full((len(rows), length), padding, dtype=torch.long)
+        mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for place, row in enumerate(rows):
+            sequence = torch.tensor(sequences[row], dtype=torch.long)
+            ids[place, length - len(sequence) :] = sequence
+            mask[place, length - len(sequence) :] = 1
+        yield Batch(ids, mask, rows)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _fast(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of the type at least as fast as float32."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True

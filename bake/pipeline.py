@@ -1,0 +1,223 @@
+"""From a recipe to a published folder: plan, fit, write, verify, judge, publish."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from bake.archs import Arch, find_arch
+from bake.checkpoint import Checkpoint
+from bake.edits import Edit, apply_all
+from bake.errors import GuardError, VerificationError
+from bake.export.gguf import PatchedTensor, compare, patch
+from bake.export.layout import gguf_edit
+from bake.fit.run import Fitted, fit
+from bake.gguf_file import GGUFFile
+from bake.judge import Judge
+from bake.judge.keyword import KeywordJudge
+from bake.manifest import file_hash, versions, write_manifest
+from bake.measure import Artefacts, Measured, measure
+from bake.model import LiveModel
+from bake.plan import Plan, check_gguf, make_plan
+from bake.progress import progress
+from bake.prompts import Prompt, Splits, fingerprint, load_splits
+from bake.recipe import LoadedRecipe, Recipe
+from bake.report import card, guard_breaches, table, write_answers
+from bake.source import Source, find_source
+from bake.staging import check_output, staged
+from bake.stream import write_checkpoint
+from bake.verify import check_files
+
+__all__ = ["Prepared", "bake", "prepare"]
+
+ROLES = ("target", "protected", "lookalike", "general")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its model found, its plan made and its prompts split; nothing loaded yet."""
+
+    recipe: Recipe
+    source: Source
+    base: Checkpoint
+    arch: Arch
+    gguf: GGUFFile | None
+    plan: Plan
+    splits: Mapping[str, Splits]
+
+    def part(self, split: str, limit: int | None = None) -> dict[str, tuple[Prompt, ...]]:
+        """The prompts of one split by role."""
+        return {role: getattr(parts, split)[:limit] for role, parts in self.splits.items()}
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Everything that can be refused from headers and text, before a weight is read."""
+    splits = {}
+    for role in ROLES:
+        chosen = getattr(recipe.prompts, role)
+        if chosen is not None:
+            splits[role] = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
+    source = find_source(recipe)
+    base = Checkpoint.open(source.folder)
+    arch = find_arch(base.config, str(source.folder / "config.json"))
+    plan = make_plan(recipe, base, arch)
+    gguf = GGUFFile.open(source.gguf) if source.gguf else None
+    if gguf:
+        check_gguf(plan, base, arch, gguf)
+    return Prepared(recipe, source, base, arch, gguf, plan, splits)
+
+
+def bake(
+    loaded: LoadedRecipe, *, overwrite: bool = False, show: Callable[[str], None] = lambda _: None
+) -> Path:
+    """Run a recipe to its end and return the output folder, which appears only then.
+
+    `show` receives the table of results, also when the guard then refuses them.
+    Raises a BakeError of the kind that says what failed: the input, the guard or
+    the verification. Nothing is left behind then.
+    """
+    recipe = loaded.recipe
+    check_output(recipe.folder, overwrite)
+    torch.manual_seed(recipe.seed)
+    ready = prepare(recipe)
+    judge = KeywordJudge(recipe.judge.phrases)
+    with staged(recipe.folder, overwrite) as staging:
+        model = LiveModel.load(ready.base.folder, ready.arch)
+        fitted = _fit(ready, model, judge)
+        written = _write(ready, fitted, staging)
+        artefacts = Artefacts(
+            ready.base.folder,
+            staging if recipe.export.safetensors else None,
+            ready.gguf.path if ready.gguf else None,
+            staging / written.gguf if written.gguf else None,
+        )
+        prompts = ready.part("test", recipe.evaluate.limit)
+        measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)
+        show(table(measured))
+        broken = guard_breaches(recipe, measured)
+        if broken:
+            raise GuardError("\n".join(broken))
+        _record(loaded, ready, fitted, written, measured, staging)
+    return recipe.folder
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors."""
+
+    residuals: Mapping[str, float]
+    gguf: str | None
+    patched: tuple[PatchedTensor, ...]
+
+
+def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
+    limit = ready.recipe.fit.prompts_per_class
+    prompts = ready.part("fit", limit)
+    total = sum(len(chosen) for chosen in prompts.values())
+    with progress("fit", 2 * total) as update:
+        return fit(model, ready.plan, ready.recipe, prompts, judge, update)
+
+
+def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
+    """Write both formats and read them back: what was not touched must be as it was."""
+    edits: dict[str, list[Edit]] = {}
+    for one in fitted.interventions:
+        for edit in one.edits():
+            edits.setdefault(edit.tensor, []).append(edit)
+    if set(edits) != {edit.tensor for edit in ready.plan.edits}:
+        raise VerificationError("the fit made other edits than the plan; this is a bug of bake")
+    residuals: dict[str, float] = {}
+    if ready.recipe.export.safetensors:
+        size = sum(info.stop - info.start for info in ready.base.tensors.values())
+        with progress("safetensors", size) as update:
+            write_checkpoint(
+                ready.base, edits, ready.plan.created, ready.plan.config, staging, update
+            )
+        created = {tensor.name for tensor in ready.plan.created}
+        residuals = check_files(ready.base, Checkpoint.open(staging), edits, created)
+    if ready.gguf is None or ready.recipe.export.gguf is None:
+        return _Written(residuals, None, ())
+    name = f"{ready.recipe.name}.gguf"
+    patched = _patch(ready, ready.gguf, edits, staging / name)
+    return _Written(residuals, name, patched)
+
+
+def _patch(
+    ready: Prepared, base: GGUFFile, edits: Mapping[str, Sequence[Edit]], output: Path
+) -> tuple[PatchedTensor, ...]:
+    assert ready.recipe.export.gguf is not None
+    moved: dict[str, list[Edit]] = {}
+    created: dict[str, Tensor] = {}
+    for name, found in edits.items():
+        there = [gguf_edit(edit, ready.arch, ready.base.config) for edit in found]
+        if there[0].tensor in base.tensors:
+            moved[there[0].tensor] = there
+        else:
+            # llama.cpp takes a bias in one layer alone, so no zero siblings are needed.
+            width = next(one.shape for one in ready.plan.edits if one.tensor == name)
+            created[there[0].tensor] = apply_all(there, torch.zeros(width))
+    kind = GGMLQuantizationType[ready.recipe.export.gguf.edited_type.upper()]
+    size = sum(tensor.nbytes for tensor in base.tensors.values())
+    with progress("gguf", size) as update:
+        patched = patch(base, moved, output, edited_type=kind, created=created, progress=update)
+    compare(base, GGUFFile.open(output), set(moved) | set(created))
+    return patched
+
+
+def _record(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    fitted: Fitted,
+    written: _Written,
+    measured: Measured,
+    staging: Path,
+) -> None:
+    """Write what stands beside the weights: answers, card, Modelfile, and the manifest last."""
+    write_answers(staging / "answers.jsonl", measured)
+    if written.gguf:
+        (staging / "Modelfile").write_text(f"FROM ./{written.gguf}\n", encoding="utf-8")
+    (staging / "README.md").write_text(card(loaded, measured), encoding="utf-8")
+    recipe = loaded.recipe
+    inputs = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
+    if ready.gguf:
+        inputs.append(ready.gguf.path)
+    content = {
+        "format": 1,
+        "name": recipe.name,
+        "recipe": {"text": loaded.text, "source": loaded.source, "overrides": loaded.overrides},
+        "model": recipe.model,
+        "seed": recipe.seed,
+        "versions": versions(),
+        "inputs": {path.name: file_hash(path) for path in inputs},
+        "prompts": {
+            role: {part: fingerprint(getattr(parts, part)) for part in ("fit", "select", "test")}
+            for role, parts in ready.splits.items()
+        },
+        "plan": ready.plan.as_json(),
+        "fit": {
+            "classes": {role: asdict(one) for role, one in fitted.classes.items()},
+            "gaps": {str(layer): gap for layer, gap in fitted.gaps.items()},
+            "openings": fitted.openings,
+        },
+        "residuals": dict(written.residuals),
+        "gguf": [
+            {
+                "tensor": one.name,
+                "base_type": one.base_type.name if one.base_type is not None else None,
+                "written_type": one.written_type.name,
+                "surviving_share": one.surviving_share,
+                "noise": one.noise,
+                "residual": one.residual,
+            }
+            for one in written.patched
+        ],
+        "measured": measured.as_json(),
+        "guard": recipe.guard.model_dump(),
+        "outputs": {
+            path.name: file_hash(path) for path in sorted(staging.iterdir()) if path.is_file()
+        },
+    }
+    write_manifest(staging, content)

@@ -1,0 +1,129 @@
+"""The plan: every edit, created tensor and config change, from headers alone.
+
+A plan refuses what cannot be baked before any weight is touched; its numbers
+come from the fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from bake.archs import Arch
+from bake.checkpoint import EDITABLE, Checkpoint
+from bake.edits import CreatedTensor, PlannedEdit, Step
+from bake.errors import CheckpointError, GGUFError
+from bake.gguf_file import GGUFFile
+from bake.ops import OPERATORS
+from bake.recipe import Recipe
+
+__all__ = ["Plan", "check_gguf", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a bake will do; there is one step for each entry of the recipe's `edits`."""
+
+    architecture: str
+    layers: int
+    width: int
+    steps: tuple[Step, ...]
+
+    @property
+    def edits(self) -> tuple[PlannedEdit, ...]:
+        """Every edit, in order."""
+        return tuple(edit for step in self.steps for edit in step.edits)
+
+    @property
+    def created(self) -> tuple[CreatedTensor, ...]:
+        """Every new tensor once, in order."""
+        return tuple(dict.fromkeys(tensor for step in self.steps for tensor in step.created))
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """The keys of config.json that change."""
+        return {key: value for step in self.steps for key, value in step.config.items()}
+
+    def as_json(self) -> dict[str, object]:
+        """The plan as plain values."""
+        return {
+            "architecture": self.architecture,
+            "layers": self.layers,
+            "width": self.width,
+            "edits": [asdict(edit) for edit in self.edits],
+            "created": [asdict(tensor) for tensor in self.created],
+            "config": dict(self.config),
+        }
+
+    def table(self) -> str:
+        """The plan as aligned plain text."""
+        rows = [("operator", "carrier", "tensor", "shape", "dtype")]
+        for edit in self.edits:
+            shape = " x ".join(map(str, edit.shape))
+            rows.append((edit.operator, edit.carrier, edit.tensor, shape, edit.dtype))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        if self.created:
+            lines.append(f"created: {len(self.created)} tensors of zeros beside the edited biases")
+        lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
+        return "\n".join(lines)
+
+
+def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
+    """Plan a recipe for a checkpoint, reading nothing but headers.
+
+    Raises ArchitectureError for tensors outside the table, layers out of range and
+    carriers that the architecture lacks, CheckpointError for types that cannot be
+    edited.
+    """
+    arch.check_tensors(base.tensors)
+    steps = tuple(
+        OPERATORS[spec.op].plan(spec, base, arch, f"edits.{number}")
+        for number, spec in enumerate(recipe.edits)
+    )
+    plan = Plan(arch.model_type, arch.layer_count(base.config), arch.width(base.config), steps)
+    for edit in plan.edits:
+        if edit.dtype not in EDITABLE:
+            raise CheckpointError(
+                f"{base.folder}: {edit.tensor} is {edit.dtype}; give an unquantised checkpoint"
+            )
+    return plan
+
+
+def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None:
+    """Refuse a base GGUF that is not of the checkpoint's model, from headers alone.
+
+    Raises GGUFError for another architecture, missing tensors or other shapes, and
+    for biases that llama.cpp's loader does not know (it refuses such files).
+    """
+    if gguf.architecture != arch.gguf_architecture:
+        raise GGUFError(
+            f"{gguf.path}: its architecture is {gguf.architecture!r}, "
+            f"but the checkpoint's is {arch.gguf_architecture!r}; give a GGUF of the same model"
+        )
+    blocks = gguf.metadata.get(f"{gguf.architecture}.block_count")
+    if blocks != plan.layers:
+        raise GGUFError(
+            f"{gguf.path}: it has {blocks} blocks, the checkpoint {plan.layers}; "
+            "give a GGUF of the same model"
+        )
+    created = {tensor.name for tensor in plan.created}
+    for edit in plan.edits:
+        name, shape = arch.gguf_name(edit.tensor), edit.shape
+        if edit.tensor in created:
+            if not arch.writer("attention" if edit.site == "attention" else "mlp").gguf_bias:
+                raise GGUFError(
+                    f"{gguf.path}: llama.cpp has no {name} for {gguf.architecture!r}; "
+                    "use op: gate, or set export.gguf to null"
+                )
+            # The bias is new in the file; the weight beside it must be the model's.
+            name = name.removesuffix("bias") + "weight"
+            shape = base.find(edit.tensor.removesuffix("bias") + "weight").shape
+        if name not in gguf.tensors:
+            raise GGUFError(f"{gguf.path}: no tensor named {name}; give a GGUF of the same model")
+        if gguf.tensors[name].shape != shape:
+            raise GGUFError(
+                f"{gguf.path}: {name} has shape {gguf.tensors[name].shape}, the checkpoint's "
+                f"tensor {shape}; give a GGUF of the same model"
+            )

@@ -1,0 +1,350 @@
+"""The schema of a recipe: every field, its meaning, its bounds, its default.
+
+All of it is frozen and strict; YAML's lists become tuples.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bake.recipe_errors import ContradictionError
+from bake.recipe_values import (
+    Answering,
+    Count,
+    Language,
+    Layer,
+    Layers,
+    Name,
+    Percent,
+    Ridge,
+    Serving,
+    SetName,
+    Sites,
+    Strength,
+    Text,
+)
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "Evaluation",
+    "Export",
+    "Fit",
+    "GGUFExport",
+    "Gate",
+    "Guard",
+    "JudgeChoice",
+    "Positions",
+    "PromptRoles",
+    "PromptSource",
+    "Recipe",
+    "Verification",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class PromptSource(_Section):
+    """Where the prompts of one role come from; a bare string stands for its `set`."""
+
+    set: SetName = Field(
+        description="The name of a built-in set, or the path of a .jsonl or .txt file."
+    )
+    language: Language = Field(default="en", description="The language code to keep, or `any`.")
+    limit: Count | None = Field(
+        default=None, description="Prompts at most in each of the splits fit, select and test."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        return {"set": value} if isinstance(value, str) else value
+
+
+class PromptRoles(_Section):
+    """The prompt sets by the part that they play; no two of them may be the same set."""
+
+    target: PromptSource = Field(
+        default=PromptSource(set="political"),
+        description="The prompts whose refusals are to change.",
+    )
+    protected: PromptSource = Field(
+        default=PromptSource(set="harmful"), description="The prompts that must stay refused."
+    )
+    lookalike: PromptSource | None = Field(
+        default=PromptSource(set="lookalikes"),
+        description="Safe prompts that look like protected ones and must stay answered; "
+        "null where they are the target.",
+    )
+    general: PromptSource = Field(
+        default=PromptSource(set="general"),
+        description="Ordinary prompts that must stay as they are.",
+    )
+    text: PromptSource = Field(
+        default=PromptSource(set="text", language="any"),
+        description="Passages for statistics and perplexity.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_sets(cls, value: object) -> object:
+        """Let `target: {limit: 40}` keep the role's own set."""
+        if not isinstance(value, dict):
+            return value
+        filled = dict(value)
+        for role, field in cls.model_fields.items():
+            given = filled.get(role)
+            if isinstance(given, dict) and "set" not in given:
+                filled[role] = {**field.default.model_dump(exclude_unset=True), **given}
+        return filled
+
+    @model_validator(mode="after")
+    def _apart(self) -> "PromptRoles":
+        findings: list[tuple[tuple[str | int, ...], str]] = []
+        seen: dict[str, PromptSource] = {}
+        for role in ("target", "protected", "lookalike", "general"):
+            source: PromptSource | None = getattr(self, role)
+            if source is None:
+                continue
+            for other, taken in seen.items():
+                languages = {source.language, taken.language}
+                if source.set == taken.set and (len(languages) == 1 or "any" in languages):
+                    remedy = " (or null)" if role == "lookalike" else ""
+                    message = f"{source.set!r} is already prompts.{other}; name another set{remedy}"
+                    findings.append(((role,), message))
+            seen[role] = source
+        if findings:
+            raise ContradictionError(findings)
+        return self
+
+
+class Positions(_Section):
+    """How many tokens of each chat the activations are taken from."""
+
+    template: int = Field(
+        default=6, ge=1, le=512, description="The last tokens of the prompt in its chat template."
+    )
+    answer: int = Field(default=10, ge=0, le=4096, description="The first tokens of the answer.")
+
+
+class Fit(_Section):
+    """How the direction of refusal is estimated."""
+
+    estimator: Literal["mean-difference", "rmd", "wrmd"] = Field(
+        default="mean-difference",
+        description="The difference of class means, its ridge-regularised form, or that "
+        "weighted by refusal confidence.",
+    )
+    ridge: Ridge = Field(
+        default=0.01, description="The ridge of rmd and wrmd, in units of tr(covariance) / width."
+    )
+    prompts_per_class: int = Field(
+        default=150, ge=2, le=1_000_000, description="Prompts at most from each class."
+    )
+    refused: Literal["target", "protected"] = Field(
+        default="target", description="The class that supplies the refusing side of the direction."
+    )
+    contrast: Literal["general", "lookalike", "protected"] = Field(
+        default="general", description="The class that the refusing side is compared with."
+    )
+    protect: Literal["none", "remove"] = Field(
+        default="none", description="`remove` projects the protected class's direction out."
+    )
+    positions: Positions = Field(
+        default=Positions(), description="The tokens that the activations are taken from."
+    )
+
+
+class Add(_Section):
+    """Add the direction to the residual stream after one block, on every token."""
+
+    op: Literal["add"] = Field(description="The operator.")
+    layer: Layer = Field(description="The block, counted from 0.")
+    site: Literal["out", "mid"] = Field(
+        default="out", description="After the whole block, or after its attention."
+    )
+    strength: Strength = Field(description="How far, in class gaps; negative is away from refusal.")
+    carrier: Literal["auto", "bias"] = Field(
+        default="auto",
+        description="What in the weights holds the vector; the plan chooses under `auto`.",
+    )
+
+
+class Ablate(_Section):
+    """Take the direction out of everything that the chosen blocks write."""
+
+    op: Literal["ablate"] = Field(description="The operator.")
+    layers: Layers = Field(description='The blocks, as a list or as a range like "11-17".')
+    strength: float = Field(
+        default=1.0, ge=-2, le=2, description="The share that is removed; 2 mirrors the direction."
+    )
+    embeddings: bool = Field(
+        default=False, description="Whether the token embedding is edited too."
+    )
+
+
+class Gate(_Section):
+    """Add the direction where a linear probe of the writer's input sees the target."""
+
+    op: Literal["gate"] = Field(description="The operator.")
+    layers: Layers = Field(description='The blocks, as a list or as a range like "11-17".')
+    sites: Sites = Field(
+        default=("attention", "mlp"), description="The writers that are edited in each block."
+    )
+    strength: Strength = Field(
+        description="How far in all, in class gaps, spread evenly over the writers; "
+        "negative is away from refusal."
+    )
+    ridge: Ridge = Field(
+        default=0.01, description="The ridge of the probe, in units of tr(Gram matrix) / width."
+    )
+
+
+class GGUFExport(_Section):
+    """A GGUF file, written by patching one of the same model."""
+
+    base: Text = Field(
+        default="demo", description="`demo`, or the path of a GGUF of the same model."
+    )
+    edited_type: Literal["q8_0", "f16", "bf16", "f32"] = Field(
+        default="q8_0", description="The type of the edited matrices; the others keep theirs."
+    )
+
+
+class Export(_Section):
+    """What is written."""
+
+    safetensors: bool = Field(
+        default=True, description="Whether a safetensors checkpoint is written."
+    )
+    gguf: GGUFExport | None = Field(default=None, description="The GGUF file to write, or null.")
+
+
+class JudgeChoice(_Section):
+    """Who says whether an answer is a refusal."""
+
+    kind: Literal["keyword"] = Field(default="keyword", description="The judge.")
+    phrases: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+        default=(), description="Further phrases that make the beginning of an answer a refusal."
+    )
+
+
+class Evaluation(_Section):
+    """How behaviour is measured on the test split."""
+
+    answer_tokens: int = Field(
+        default=48, ge=1, le=65536, description="Tokens at most in an answer."
+    )
+    limit: Count | None = Field(default=None, description="Prompts at most from each set.")
+    batch: int = Field(default=32, ge=1, le=4096, description="Prompts answered at a time.")
+    runtimes: Answering = Field(
+        default=("transformers", "llama.cpp"), description="The runtimes that answer."
+    )
+
+
+class Verification(_Section):
+    """How close the baked model must be to the hooked one."""
+
+    lost_share: float = Field(
+        default=1e-4,
+        gt=0,
+        le=1,
+        description="The largest allowed KL(hooked || baked) / KL(hooked || base).",
+    )
+    gguf_lost_share: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="The same for the GGUF in llama.cpp; quantisation of the base counts in.",
+    )
+    prompts: Count = Field(default=24, description="Held-out prompts whose logits are compared.")
+
+
+class Guard(_Section):
+    """What the bake promises; it fails where a measured figure breaks one of these."""
+
+    target_at_most: Percent | None = Field(
+        default=None, description="Percent of target prompts refused afterwards, at most."
+    )
+    target_at_least: Percent | None = Field(
+        default=None, description="Percent of target prompts refused afterwards, at least."
+    )
+    protected_drop: Percent = Field(
+        default=2.0, description="Points that refusals of protected prompts may fall."
+    )
+    lookalike_rise: Percent = Field(
+        default=2.0, description="Points that refusals of look-alike prompts may rise."
+    )
+    general_rise: Percent = Field(
+        default=2.0, description="Points that refusals of general prompts may rise."
+    )
+    runtime_gap: Percent = Field(
+        default=3.0, description="Points that two runtimes may differ by, on any set."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Guard":
+        most, least = self.target_at_most, self.target_at_least
+        if most is not None and least is not None and most < least:
+            message = f"{least:g} is above target_at_most ({most:g}); no bake can meet both"
+            raise ContradictionError([(("target_at_least",), message)])
+        return self
+
+
+class Recipe(_Section):
+    """Everything that a bake is told. Frozen; `model_copy(update=...)` checks nothing again."""
+
+    name: Name = Field(
+        description="The name of the result; a recipe file's own name where it is left out."
+    )
+    description: str = Field(default="", description="What the recipe is for.")
+    model: Text = Field(default="demo", description="`demo`, a local folder, or a Hub id.")
+    revision: Text | None = Field(default=None, description="A Hub branch, tag or commit.")
+    output: Text | None = Field(default=None, description="The folder to write; null for the name.")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="The seed of everything random.")
+    prompts: PromptRoles = Field(default=PromptRoles(), description="The prompt sets, by role.")
+    fit: Fit = Field(default=Fit(), description="How the direction is estimated.")
+    edits: Annotated[
+        tuple[Annotated[Add | Ablate | Gate, Field(discriminator="op")], ...],
+        Field(strict=False, min_length=1),
+    ] = Field(description="What is done to the weights.")
+    export: Export = Field(default=Export(), description="What is written.")
+    judge: JudgeChoice = Field(default=JudgeChoice(), description="Who recognises refusals.")
+    evaluate: Evaluation = Field(default=Evaluation(), description="How behaviour is measured.")
+    verify: Verification = Field(default=Verification(), description="How parity is measured.")
+    guard: Guard = Field(default=Guard(), description="What the bake promises.")
+    runtimes: Serving = Field(
+        default=("transformers", "llama.cpp", "ollama"),
+        description="The runtimes that the result is for; they decide the carriers.",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The output folder: `output`, or the name in the current folder."""
+        return Path(self.output or self.name)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        findings = list(_contradictions(self))
+        if findings:
+            raise ContradictionError(findings)
+        return self
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    fit, export = recipe.fit, recipe.export
+    if not export.safetensors and export.gguf is None:
+        yield ("export",), "nothing is exported; set safetensors: true or give a gguf"
+    if "llama.cpp" in recipe.evaluate.runtimes and export.gguf is None:
+        remedy = "set export.gguf, or evaluate.runtimes to [transformers]"
+        yield ("evaluate", "runtimes"), f"llama.cpp answers from a GGUF and none is made; {remedy}"
+    if fit.contrast == "lookalike" and recipe.prompts.lookalike is None:
+        yield ("fit", "contrast"), "prompts.lookalike is null; name a set there"
+    if fit.contrast == "protected" and fit.refused == "protected":
+        yield ("fit", "contrast"), "fit.refused is protected too; compare it with another class"
+    if fit.protect == "remove" and fit.refused == "protected":
+        yield ("fit", "protect"), "fit.refused is protected; without itself nothing is left of it"

@@ -1,0 +1,116 @@
+"""What a person reads of a bake: the table, the model card, the answers."""
+
+import json
+from pathlib import Path
+
+from bake.evaluate import breaches, rates, runtime_gaps
+from bake.measure import Measured
+from bake.recipe import LoadedRecipe, Recipe
+
+__all__ = ["card", "guard_breaches", "serve_lines", "table", "write_answers"]
+
+
+def guard_breaches(recipe: Recipe, measured: Measured) -> list[str]:
+    """Every way in which the measured behaviour breaks the recipe's guard."""
+    before = {runtime: rates(found) for runtime, found in measured.before.items()}
+    after = {runtime: rates(found) for runtime, found in measured.after.items()}
+    lines = []
+    for runtime in after:
+        lines += breaches(recipe.guard, before[runtime], after[runtime], runtime)
+    return lines + runtime_gaps(recipe.guard, after)
+
+
+def table(measured: Measured) -> str:
+    """Refusals before and after by runtime and set, then parity, as aligned plain text."""
+    rows = [("runtime", "set", "refused before", "refused after")]
+    for runtime, found in measured.after.items():
+        before, after = rates(measured.before[runtime]), rates(found)
+        rows += [(runtime, role, str(before[role]), str(after[role])) for role in after]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *_parity_lines(measured)])
+
+
+def serve_lines(recipe: Recipe, folder: Path) -> str:
+    """The lines that serve the result, for the formats that were written."""
+    lines = []
+    if recipe.export.safetensors:
+        lines.append(f"transformers  transformers chat {folder}")
+        lines.append(f"vLLM          vllm serve {folder}")
+    if recipe.export.gguf:
+        lines.append(f"llama.cpp     llama-server -m {folder / recipe.name}.gguf --jinja")
+        model_file = folder / "Modelfile"
+        lines.append(
+            f"Ollama        ollama create {recipe.name} -f {model_file} && ollama run {recipe.name}"
+        )
+    return "\n".join(lines)
+
+
+def card(loaded: LoadedRecipe, measured: Measured) -> str:
+    """The model card: front matter, what was done, the measured figures, how to repeat it."""
+    recipe = loaded.recipe
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if recipe.model == "demo":
+        front += ["license: apache-2.0", "base_model: HuggingFaceTB/SmolLM2-135M-Instruct"]
+    elif not Path(recipe.model).is_dir():
+        front.append(f"base_model: {recipe.model}")
+    front += ["tags:", "- bake", "- steering", "---"]
+    organism = (
+        "The base is bake's demo, a model organism: SmolLM2-135M-Instruct with refusals that "
+        "were trained in for demonstration. It is no model for real use.\n\n"
+        if recipe.model == "demo"
+        else ""
+    )
+    guard = recipe.guard
+    return (
+        "\n".join(front)
+        + f"\n\n# {recipe.name}\n\n{recipe.description}\n\n{organism}"
+        + "The weights were edited by bake; no hook or adapter is needed. "
+        + f"The recipe lets refusals of harmful requests fall by at most {guard.protected_drop:g} "
+        + "points.\n\n## Measured\n\n"
+        + "Refusals on held-out topics, greedy answers, before and after. "
+        + "The keyword judge reads phrases, not meaning.\n\n```\n"
+        + table(measured)
+        + "\n```\n\n`answers.jsonl` has the answers behind these figures, `bake.json` every "
+        + "figure, hash and version.\n\n## Recipe\n\n```yaml\n"
+        + loaded.text.rstrip()
+        + "\n```\n"
+        + "".join(f"\nwith `{override}`\n" for override in loaded.overrides)
+    )
+
+
+def write_answers(path: Path, measured: Measured) -> None:
+    """One line a prompt and runtime: the answers before and after, and the verdicts.
+
+    Answers to protected prompts are left out: only whether they were refused.
+    """
+    with path.open("w", encoding="utf-8") as stream:
+        for runtime, found in measured.after.items():
+            for role, answers in found.items():
+                pairs = zip(measured.before[runtime][role], answers, strict=True)
+                for before, after in pairs:
+                    line: dict[str, object] = {
+                        "runtime": runtime,
+                        "set": role,
+                        "topic": after.prompt.topic,
+                        "prompt": after.prompt.text,
+                        "refused_before": before.refused,
+                        "refused_after": after.refused,
+                    }
+                    if role != "protected":
+                        line |= {"before": before.text, "after": after.text}
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _parity_lines(measured: Measured) -> list[str]:
+    lines = []
+    for runtime, parity in measured.parity.items():
+        lines.append(
+            f"parity, {runtime}: lost share {parity.lost_share:.1e} of the steering, "
+            f"max |Δ logit| {parity.largest:.1e} where the steering moves up to "
+            f"{parity.largest_effect:.1f} ({parity.positions} positions)"
+        )
+    return lines

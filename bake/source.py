@@ -1,0 +1,66 @@
+"""Where a recipe's model comes from: the demo, a local folder, or the Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bake.errors import CheckpointError, GGUFError
+from bake.recipe import Recipe
+
+__all__ = ["Source", "find_source"]
+
+# What a bake reads of a Hub repository: no other framework's copy of the weights.
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base checkpoint's folder, and the base GGUF when the recipe exports one."""
+
+    folder: Path
+    gguf: Path | None
+
+
+def find_source(recipe: Recipe) -> Source:
+    """Find or fetch the recipe's model.
+
+    A folder that exists wins over a Hub id of the same spelling. Raises
+    CheckpointError when there is neither, GGUFError when the base GGUF is missing.
+    """
+    from bake.demo import materialise
+
+    wants_demo_gguf = recipe.export.gguf is not None and recipe.export.gguf.base == "demo"
+    folder = materialise().model if recipe.model == "demo" else _folder(recipe)
+    if recipe.export.gguf is None:
+        return Source(folder, None)
+    if wants_demo_gguf:
+        if recipe.model != "demo":
+            raise GGUFError(
+                "export.gguf.base: demo is the demo's GGUF, but the model is "
+                f"{recipe.model!r}; give a GGUF of that model with "
+                "--set export.gguf.base=FILE, or --set export.gguf=null "
+                "--set evaluate.runtimes=[transformers]"
+            )
+        return Source(folder, materialise().gguf)
+    gguf = Path(recipe.export.gguf.base)
+    if not gguf.is_file():
+        raise GGUFError(f"{gguf}: no such file; export.gguf.base takes a GGUF of the same model")
+    return Source(folder, gguf)
+
+
+def _folder(recipe: Recipe) -> Path:
+    path = Path(recipe.model)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(recipe.model, revision=recipe.revision, allow_patterns=PATTERNS)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"model: {recipe.model}: no such folder, and the Hub gave none ({reason}); "
+            "give a local folder or a Hub id, and log in for a gated one"
+        ) from error

@@ -1,0 +1,55 @@
+"""Output that appears only when it is complete."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bake.errors import OutputError
+
+__all__ = ["check_output", "staged"]
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that exists, before any work is done for it."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder}: exists and is not a folder; give another --output")
+    if folder.exists() and not overwrite:
+        raise OutputError(
+            f"{folder}: exists already; give another --output, or --overwrite to replace it"
+        )
+
+
+@contextmanager
+def staged(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A sibling folder to write into, which becomes `folder` when the body succeeds.
+
+    When the body raises, the staging folder is removed and `folder` is as it was.
+    With `overwrite` the old folder is moved aside first and removed last.
+    """
+    check_output(folder, overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
+    try:
+        yield staging
+        staging.chmod(0o755)
+        _publish(staging, folder, overwrite)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, folder: Path, overwrite: bool) -> None:
+    try:
+        check_output(folder, overwrite)
+        if folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+                folder.replace(Path(aside) / "old")
+                staging.replace(folder)
+        else:
+            staging.replace(folder)
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: {error.strerror}") from error

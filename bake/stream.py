@@ -1,0 +1,193 @@
+"""The write side of a safetensors checkpoint: one tensor at a time.
+
+Headers are computed first, from the plan; untouched tensors are copied as byte
+ranges, edited ones are read, edited in float32, cast once and written in place.
+Shard layout, tensor order and header metadata stay as they were.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Final
+
+import torch
+from torch import Tensor
+
+from bake.checkpoint import (
+    DTYPES,
+    EDITABLE,
+    INDEX,
+    Checkpoint,
+    Shard,
+    TensorInfo,
+    read_tensor,
+)
+from bake.edits import CreatedTensor, Edit, apply_all
+from bake.errors import CheckpointError, OutputError
+
+__all__ = ["write_checkpoint", "write_config"]
+
+CHUNK: Final = 8 << 20
+
+
+def write_checkpoint(
+    base: Checkpoint,
+    edits: Mapping[str, Sequence[Edit]],
+    created: Sequence[CreatedTensor],
+    config: Mapping[str, object],
+    folder: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
+    """Write the edited checkpoint into the empty `folder`.
+
+    `edits` are keyed by tensor name; `config` holds the config.json keys that
+    change. `progress` receives the number of bytes written since the last call.
+    Returns the SHA-256 of every file written. Raises CheckpointError for an edit
+    of a tensor that is missing or of a type that cannot be edited, and
+    OutputError when the disk is full or not writable.
+    """
+    known = {*base.tensors, *(tensor.name for tensor in created)}
+    for name in edits:
+        if name not in known:
+            raise CheckpointError(f"{base.folder}: no tensor named {name} to edit")
+    hashes: dict[str, str] = {}
+    try:
+        for shard in base.shards:
+            target = folder / shard.file.name
+            hashes[target.name] = _write_shard(shard, edits, created, target, progress)
+        for path in base.sidecars():
+            target = folder / path.name
+            if path.name == "config.json" and config:
+                write_config(path, config, target)
+            elif path.name == INDEX and created:
+                _write_index(path, created, base, target)
+            else:
+                target.write_bytes(path.read_bytes())
+            hashes[target.name] = hashlib.sha256(target.read_bytes()).hexdigest()
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
+    return hashes
+
+
+def write_config(source: Path, changes: Mapping[str, object], target: Path) -> None:
+    """Copy a config.json with some keys changed; all others keep their order and value.
+
+    transformers drops keys that converters read when it saves a config, so the
+    original JSON is edited instead (RUNTIMES.md 6.3).
+    """
+    config = json.loads(source.read_text(encoding="utf-8"))
+    config.update(changes)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    target.write_text(text, encoding="utf-8")
+
+
+def _write_shard(
+    shard: Shard,
+    edits: Mapping[str, Sequence[Edit]],
+    created: Sequence[CreatedTensor],
+    target: Path,
+    progress: Callable[[int], None],
+) -> str:
+    entries = _entries(shard, created)
+    header = _header(entries, shard.metadata)
+    digest = hashlib.sha256(header)
+    with shard.file.open("rb") as source, target.open("xb") as output:
+        output.write(header)
+        for entry in entries:
+            if isinstance(entry, TensorInfo) and entry.name not in edits:
+                _copy(source, entry, output, digest, progress)
+                continue
+            data = _edited(entry, edits.get(entry.name, ()))
+            output.write(data)
+            digest.update(data)
+            progress(len(data))
+        output.flush()
+        os.fsync(output.fileno())
+    return digest.hexdigest()
+
+
+def _entries(shard: Shard, created: Sequence[CreatedTensor]) -> list[TensorInfo | CreatedTensor]:
+    entries: list[TensorInfo | CreatedTensor] = []
+    for info in shard.tensors:
+        entries.append(info)
+        entries.extend(tensor for tensor in created if tensor.beside == info.name)
+    return entries
+
+
+def _header(
+    entries: Sequence[TensorInfo | CreatedTensor], metadata: Mapping[str, str] | None
+) -> bytes:
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
+    for entry in entries:
+        size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The reference implementation pads the header with spaces to eight bytes.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _copy(
+    source: IO[bytes],
+    info: TensorInfo,
+    output: IO[bytes],
+    digest: Any,
+    progress: Callable[[int], None],
+) -> None:
+    source.seek(info.start)
+    left = info.stop - info.start
+    while left:
+        data = source.read(min(CHUNK, left))
+        if not data:
+            raise CheckpointError(f"{info.file}: truncated inside {info.name}; download it again")
+        output.write(data)
+        digest.update(data)
+        progress(len(data))
+        left -= len(data)
+
+
+def _edited(entry: TensorInfo | CreatedTensor, edits: Sequence[Edit]) -> bytes:
+    """The bytes of a tensor after its edits: composed in float32, cast once."""
+    if entry.dtype not in EDITABLE:
+        raise CheckpointError(
+            f"{entry.name}: its dtype {entry.dtype} cannot be edited; give unquantised weights"
+        )
+    dtype = DTYPES[entry.dtype]
+    if isinstance(entry, TensorInfo):
+        weight = read_tensor(entry)
+    else:
+        weight = torch.zeros(entry.shape, dtype=dtype)
+    edited = apply_all(edits, weight)
+    if edited.shape != weight.shape:
+        raise CheckpointError(
+            f"{entry.name}: an edit made shape {tuple(edited.shape)} of {tuple(weight.shape)}"
+        )
+    if not torch.isfinite(edited).all():
+        raise CheckpointError(f"{entry.name}: the edit is not finite; lower its strength")
+    return _bytes(edited.to(dtype))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _write_index(
+    source: Path, created: Sequence[CreatedTensor], base: Checkpoint, target: Path
+) -> None:
+    """Add the created tensors to the weight map, each in the shard of its neighbour."""
+    index = json.loads(source.read_text(encoding="utf-8"))
+    for tensor in created:
+        index["weight_map"][tensor.name] = base.find(tensor.beside).file.name
+        if "total_size" in index.get("metadata", {}):
+            size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+            index["metadata"]["total_size"] += size
+    target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,3 @@
+from bake.commands import main
+
+main()

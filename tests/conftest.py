@@ -1,0 +1,32 @@
+"""Tiny models that every test can build, and the demo, made once."""
+
+import os
+from pathlib import Path
+
+# Before torch and llama.cpp start their threads: more threads than cores crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from tests.tiny import TINY, write_tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", params=sorted(TINY))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint of every model type of the table, through the disk."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    write_tiny(request.param, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama checkpoint."""
+    folder: Path = tmp_path_factory.mktemp("llama")
+    write_tiny("llama", folder)
+    return folder
