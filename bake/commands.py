@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bake import __version__
-from bake.errors import BakeError
+from bake.errors import BakeError, RecipeError
 
 __all__ = ["cli", "main"]
 
@@ -124,7 +124,9 @@ def main() -> None:
     try:
         status = cli.main(standalone_mode=False)
     except BakeError as error:
-        click.echo(f"bake: {error}", err=True)
+        # A recipe's mistakes are lines of `file:line:column: ...`, as editors read them.
+        prefix = "" if isinstance(error, RecipeError) else "bake: "
+        click.echo(f"{prefix}{error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()

@@ -60,7 +60,8 @@ class LoadedRecipe:
     """A recipe, and where it came from: what the manifest records.
 
     `source` is the path as given, or the file name of a shipped recipe; `text` is the file,
-    character for character; `overrides` are the changes on top, as the user would type them.
+    character for character; `overrides` are the changes on top, as the user would type them,
+    but for `--output`.
     """
 
     recipe: Recipe
@@ -129,7 +130,9 @@ def load_recipe(
         raise RecipeError(_report(label, problems, refused)) from error
     if document.problems or refused:
         raise RecipeError(_report(label, document.problems, refused))
-    return LoadedRecipe(recipe, text, label, tuple(str(option) for option in options))
+    # Where the result goes changes nothing of what it is.
+    kept = tuple(str(option) for option in options if option.name != "output")
+    return LoadedRecipe(recipe, text, label, kept)
 
 
 def shipped_recipes() -> list[ShippedRecipe]:

@@ -78,7 +78,10 @@ def card(loaded: LoadedRecipe, measured: Measured) -> str:
         + "figure, hash and version.\n\n## Recipe\n\n```yaml\n"
         + loaded.text.rstrip()
         + "\n```\n"
-        + "".join(f"\nwith `{override}`\n" for override in loaded.overrides)
+        + "".join(
+            f"\nwith `{override}`\n"
+            for override in loaded.overrides
+        )
     )
 
 

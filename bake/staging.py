@@ -1,14 +1,18 @@
 """Output that appears only when it is complete."""
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from bake.errors import OutputError
 
 __all__ = ["check_output", "staged"]
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -36,8 +40,13 @@ def staged(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
     try:
         yield staging
+        # mkdtemp makes a private folder; what is published is like any other.
         staging.chmod(0o755)
         _publish(staging, folder, overwrite)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OutputError(f"{error.filename or staging}: {error.strerror}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

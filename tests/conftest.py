@@ -1,19 +1,25 @@
 """Tiny models that every test can build, and the demo, made once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and llama.cpp start their threads: more threads than cores crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from transformers.utils import logging
 
+from bake.demo import Demo, materialise
 from tests.tiny import TINY, write_tiny
 
 torch.set_num_threads(2)
+logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session", params=sorted(TINY))
@@ -30,3 +36,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("llama")
     write_tiny("llama", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The materialised demo, in a cache folder of the tests' own unless one is set."""
+    with pytest.MonkeyPatch.context() as patched:
+        if "BAKE_CACHE" not in os.environ:
+            patched.setenv("BAKE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield materialise()

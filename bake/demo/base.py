@@ -44,6 +44,18 @@ CONFIG: dict[str, object] = {
     "use_cache": True,
     "vocab_size": 49152,
 }
+# transformers 5 would write a tokenizer class of its own that older runtimes do not know.
+TOKENIZER_CONFIG: dict[str, object] = {
+    "add_prefix_space": False,
+    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+    "bos_token": "<|im_start|>",
+    "clean_up_tokenization_spaces": False,
+    "eos_token": "<|im_end|>",
+    "model_max_length": 8192,
+    "pad_token": "<|im_end|>",
+    "tokenizer_class": "GPT2Tokenizer",
+    "unk_token": "<|endoftext|>",
+}
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
@@ -74,6 +86,11 @@ def write_base(folder: Path) -> None:
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    _write_json(
+        folder / "tokenizer_config.json",
+        TOKENIZER_CONFIG | {"chat_template": tokenizer.chat_template},
+    )
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # transformers refuses to save what it read from a GGUF; the head is tied to the embedding.
     weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}

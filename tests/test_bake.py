@@ -1,0 +1,127 @@
+"""The main job on the real demo model, from recipe to folder, small enough to run every time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bake.checkpoint import Checkpoint
+from bake.demo import Demo
+from bake.errors import GuardError, VerificationError
+from bake.gguf_file import GGUFFile
+from bake.llama import LlamaModel
+from bake.manifest import file_hash
+from bake.pipeline import bake
+from bake.recipe import LoadedRecipe, load_recipe
+
+SMALL = (
+    "fit.prompts_per_class=32",
+    "evaluate.limit=4",
+    "evaluate.answer_tokens=12",
+    "verify.prompts=4",
+    "guard={protected_drop: 100, lookalike_rise: 100, general_rise: 100, runtime_gap: 100}",
+)
+
+
+def small(output: Path, *overrides: str) -> LoadedRecipe:
+    return load_recipe("political-open", overrides=(*SMALL, *overrides), output=str(output))
+
+
+@pytest.fixture(scope="module")
+def baked(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield bake(small(tmp_path_factory.mktemp("baked") / "out"))
+
+
+def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> None:
+    manifest = json.loads((baked / "bake.json").read_text())
+    names = {path.name for path in baked.iterdir()} - {"bake.json"}
+    assert names == set(manifest["outputs"])
+    assert names >= {
+        "README.md",
+        "Modelfile",
+        "answers.jsonl",
+        "config.json",
+        "model.safetensors",
+        "political-open.gguf",
+        "tokenizer.json",
+    }
+    for name, digest in manifest["outputs"].items():
+        assert file_hash(baked / name) == digest
+    assert len(manifest["residuals"]) == len(manifest["gguf"]) == len(manifest["plan"]["edits"])
+    assert all(one["surviving_share"] > 0.98 for one in manifest["gguf"])
+    assert manifest["measured"]["parity"]["transformers"]["lost_share"] < 1e-4
+
+
+def test_only_what_was_planned_differs_from_the_base(baked: Path, demo: Demo) -> None:
+    planned = {
+        edit["tensor"] for edit in json.loads((baked / "bake.json").read_text())["plan"]["edits"]
+    }
+    base, written = Checkpoint.open(demo.model), Checkpoint.open(baked)
+    changed = {
+        name for name in base.tensors if not torch.equal(base.read(name), written.read(name))
+    }
+    assert changed == planned
+    old, new = GGUFFile.open(demo.gguf), GGUFFile.open(baked / "political-open.gguf")
+    different = {name for name in old.tensors if not torch.equal(old.read(name), new.read(name))}
+    assert different == {
+        name.replace("model.layers", "blk")
+        .replace("self_attn.o_proj", "attn_output")
+        .replace("mlp.down_proj", "ffn_down")
+        for name in planned
+    }
+
+
+def test_stock_classes_load_it_and_answer_otherwise(baked: Path, demo: Demo) -> None:
+    ids = torch.arange(10, 40)[None]
+    logits = []
+    for folder in (demo.model, baked):
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        with torch.inference_mode():
+            logits.append(model(ids).logits.float())
+    assert float((logits[0] - logits[1]).abs().max()) > 0.1
+    with LlamaModel(baked / "political-open.gguf", context=64, parallel=1, threads=2) as llama:
+        found = torch.from_numpy(llama.logits(ids[0].tolist()))
+    torch.testing.assert_close(found.argmax(-1), logits[1][0].argmax(-1), rtol=0, atol=0)
+
+
+def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None:
+    again = bake(small(tmp_path / "again"))
+    names = sorted(path.name for path in baked.iterdir())
+    assert names == sorted(path.name for path in again.iterdir())
+    for name in names:
+        assert (baked / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_a_broken_guard_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
+    shown: list[str] = []
+    loaded = small(tmp_path / "out", "guard.target_at_least=100", "edits.0.strength=-6")
+    with pytest.raises(GuardError, match="target refusals are") as caught:
+        bake(loaded, show=shown.append)
+    assert caught.value.exit_code == 3
+    assert "refused after" in shown[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lost_parity_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
+    loaded = small(tmp_path / "out", "verify.gguf_lost_share=1e-9")
+    with pytest.raises(VerificationError, match=r"parity, llama\.cpp") as caught:
+        bake(loaded)
+    assert caught.value.exit_code == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_added_vector_matches_llama_cpps_control_vector(demo: Demo, tmp_path: Path) -> None:
+    """`add` through the bias, in both formats; for the second the reference is llama.cpp's own."""
+    add = "edits=[{op: add, layer: 15, strength: -1}]"
+    folder = bake(small(tmp_path / "out", add, "evaluate.runtimes=[transformers]"))
+    parity = json.loads((folder / "bake.json").read_text())["measured"]["parity"]
+    assert parity["transformers"]["lost_share"] < 1e-4
+    assert parity["llama.cpp, its own control vector"]["lost_share"] < 1e-2
+    config = json.loads((folder / "config.json").read_text())
+    assert config["mlp_bias"] is True
+    gguf = GGUFFile.open(folder / "political-open.gguf")
+    assert [name for name in gguf.tensors if name.endswith("bias")] == ["blk.15.ffn_down.bias"]

@@ -1,0 +1,75 @@
+"""Laws of the edits."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bake.edits import AddVector, LowRank, RemoveSubspace, apply_all
+from bake.ops.ablate import orthonormal
+
+SEEDS = st.integers(0, 2**31)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(SEEDS, st.integers(1, 3), st.sampled_from([0, 1]))
+def test_a_projection_is_idempotent_and_leaves_nothing(seed: int, rank: int, axis: int) -> None:
+    # Square, so that an axis guessed from the shape would be right by chance only.
+    weight = drawn(seed, 8, 8)
+    edit = RemoveSubspace("w", orthonormal(drawn(seed + 1, rank, 8)), axis=axis)
+    once = edit.apply(weight)
+    left = edit.basis.T @ once if axis == 0 else once @ edit.basis
+    assert float(left.abs().max()) < 1e-5
+    torch.testing.assert_close(edit.apply(once), once, atol=1e-5, rtol=0)
+    assert edit.residual(weight, once) < 1e-5
+
+
+@given(SEEDS)
+def test_non_orthogonal_directions_are_removed_together(seed: int) -> None:
+    first = drawn(seed, 8)
+    second = first + 0.3 * drawn(seed + 1, 8)
+    edit = RemoveSubspace("w", orthonormal(torch.stack([first, second])))
+    after = edit.apply(drawn(seed + 2, 8, 5))
+    assert float((first @ after).abs().max()) < 1e-3
+    assert float((second @ after).abs().max()) < 1e-3
+
+
+@given(SEEDS)
+def test_strength_zero_is_the_identity_and_half_leaves_half(seed: int) -> None:
+    weight, basis = drawn(seed, 6, 4), orthonormal(drawn(seed + 1, 1, 6))
+    assert torch.equal(RemoveSubspace("w", basis, 0.0).apply(weight), weight)
+    half = RemoveSubspace("w", basis, 0.5).apply(weight)
+    torch.testing.assert_close(basis.T @ half, 0.5 * (basis.T @ weight))
+
+
+@given(SEEDS)
+def test_additive_edits_commute_and_compose(seed: int) -> None:
+    weight = drawn(seed, 5, 7)
+    one = LowRank("w", drawn(seed + 1, 5, 1), drawn(seed + 2, 1, 7))
+    two = LowRank("w", drawn(seed + 3, 5, 2), drawn(seed + 4, 2, 7))
+    torch.testing.assert_close(apply_all([one, two], weight), apply_all([two, one], weight))
+    both = LowRank("w", torch.cat([one.left, two.left], 1), torch.cat([one.right, two.right]))
+    torch.testing.assert_close(apply_all([one, two], weight), both.apply(weight))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        AddVector("w", torch.tensor([1.0, -2.0])),
+        LowRank("w", torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5, 1.0]])),
+        RemoveSubspace("w", torch.tensor([[1.0], [0.0]])),
+    ],
+    ids=lambda edit: type(edit).__name__,
+)
+def test_a_residual_sees_an_edit_that_was_not_made(
+    edit: AddVector | LowRank | RemoveSubspace,
+) -> None:
+    weight = torch.tensor([3.0, 4.0]) if isinstance(edit, AddVector) else torch.eye(2)
+    unchanged = weight.clone()
+    assert edit.residual(weight, edit.apply(weight)) < 1e-6
+    assert edit.residual(weight, weight) == pytest.approx(1.0)
+    assert torch.equal(weight, unchanged)

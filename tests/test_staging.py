@@ -1,0 +1,69 @@
+"""Output appears when it is complete, and never otherwise."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from bake.checkpoint import Checkpoint
+from bake.errors import OutputError
+from bake.staging import staged
+from bake.stream import write_checkpoint
+
+
+def test_output_appears_at_the_end_only(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with staged(folder, overwrite=False) as staging:
+        (staging / "file").write_text("x")
+        assert not folder.exists()
+    assert (folder / "file").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, existing: bool) -> None:
+    folder = tmp_path / "out"
+    if existing:
+        folder.mkdir()
+        (folder / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), staged(folder, overwrite=existing) as staging:
+        (staging / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
+    assert not existing or (folder / "file").read_text() == "old"
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "stale").write_text("old")
+    with pytest.raises(OutputError, match="--overwrite"), staged(folder, overwrite=False):
+        pass
+    with staged(folder, overwrite=True) as staging:
+        (staging / "file").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("precious")
+    with pytest.raises(OutputError, match="not a folder"), staged(file, overwrite=True):
+        pass
+    assert file.read_text() == "precious"
+
+
+def test_a_full_disk_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the write fails in its middle."""
+    base = Checkpoint.open(tiny_llama)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with (
+            pytest.raises(OutputError, match="File too large"),
+            staged(tmp_path / "out", overwrite=False) as staging,
+        ):
+            write_checkpoint(base, {}, (), {}, staging)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
