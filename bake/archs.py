@@ -23,11 +23,14 @@ Site = Literal["attention", "mlp"]
 class BiasSlot:
     """The config switch that gives a writer a bias, and every module that it gives one.
 
-    The switch acts on all layers, so the siblings are written as zeros.
+    The switch acts on all layers, so the siblings are written as zeros. `runtimes`
+    are those that load the bias and add it; the others drop it, some of them without
+    a word (vllm/model_executor/models/utils.py:457, sglang/srt/models/llama.py:757).
     """
 
     switch: str
     modules: tuple[str, ...]
+    runtimes: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,10 @@ class Module:
 class Writer(Module):
     """A matrix [d_out, d_in] whose output is added to the residual stream.
 
-    `bias` is the slot that stock classes load and add, if there is one; `gguf_bias`
-    says whether llama.cpp's loader creates the bias and its graph adds it.
+    `bias` is the slot that the stock class loads and adds, if there is one.
     """
 
     bias: BiasSlot | None = None
-    gguf_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,12 @@ class Arch:
                 )
 
     def gguf_name(self, tensor: str) -> str:
-        """The GGUF name of a block's weight or bias; raises ArchitectureError for others."""
+        """The GGUF name of a block's weight or bias, or of the token embedding.
+
+        Raises ArchitectureError for every other tensor.
+        """
+        if tensor == f"{self.embedding}.weight":
+            return "token_embd.weight"
         layer, module, kind = self._parts(tensor)
         for known in self._modules():
             if known.module == module:
@@ -141,17 +147,24 @@ class Arch:
                 )
 
 
+_EVERYWHERE = frozenset({"transformers", "llama.cpp", "ollama", "vllm", "sglang", "mlx"})
 _ATTENTION_BIAS = BiasSlot(
     "attention_bias",
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    _EVERYWHERE,
 )
-_MLP_BIAS = BiasSlot("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+_MLP_BIAS = BiasSlot(
+    "mlp_bias",
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    # sglang hard-codes the MLP of llama without a bias (srt/models/llama.py:101).
+    _EVERYWHERE - {"sglang"},
+)
 
 # transformers models/llama/modeling_llama.py:158-160, 220-229; llama.cpp models/llama.cpp.
 _LLAMA = Arch(
     model_type="llama",
-    attention=Writer("self_attn.o_proj", "attn_output", _ATTENTION_BIAS, gguf_bias=True),
-    mlp=Writer("mlp.down_proj", "ffn_down", _MLP_BIAS, gguf_bias=True),
+    attention=Writer("self_attn.o_proj", "attn_output", _ATTENTION_BIAS),
+    mlp=Writer("mlp.down_proj", "ffn_down", _MLP_BIAS),
     readers=(
         Reader("input_layernorm", "attn_norm"),
         Reader("self_attn.q_proj", "attn_q", rotary_heads="num_attention_heads"),
@@ -163,8 +176,7 @@ _LLAMA = Arch(
     ),
     gguf_architecture="llama",
 )
-# The classes below hard-code their writers without a bias (RUNTIMES.md, master table);
-# llama.cpp serves Mistral with the llama graph, which does have the slots.
+# The next two classes hard-code their writers without a bias.
 _MISTRAL = replace(
     _LLAMA,
     model_type="mistral",
@@ -174,11 +186,10 @@ _MISTRAL = replace(
 _QWEN2 = replace(
     _MISTRAL,
     model_type="qwen2",
-    attention=replace(_MISTRAL.attention, gguf_bias=False),
-    mlp=replace(_MISTRAL.mlp, gguf_bias=False),
     readers=tuple(replace(reader, rotary_heads=None) for reader in _MISTRAL.readers),
     gguf_architecture="qwen2",
 )
+# llama.cpp refuses a qwen3 file with attn_output.bias; vLLM and MLX have no slot for it.
 _QWEN3 = replace(
     _QWEN2,
     model_type="qwen3",
@@ -187,7 +198,10 @@ _QWEN3 = replace(
         Reader("self_attn.q_norm", "attn_q_norm"),
         Reader("self_attn.k_norm", "attn_k_norm"),
     ),
-    attention=replace(_QWEN2.attention, bias=_ATTENTION_BIAS),
+    attention=replace(
+        _QWEN2.attention,
+        bias=replace(_ATTENTION_BIAS, runtimes=frozenset({"transformers", "sglang"})),
+    ),
     gguf_architecture="qwen3",
 )
 

@@ -79,7 +79,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
     """
     arch.check_tensors(base.tensors)
     steps = tuple(
-        OPERATORS[spec.op].plan(spec, base, arch, f"edits.{number}")
+        OPERATORS[spec.op].plan(spec, base, arch, f"edits.{number}", recipe.runtimes)
         for number, spec in enumerate(recipe.edits)
     )
     plan = Plan(arch.model_type, arch.layer_count(base.config), arch.width(base.config), steps)
@@ -94,8 +94,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
 def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None:
     """Refuse a base GGUF that is not of the checkpoint's model, from headers alone.
 
-    Raises GGUFError for another architecture, missing tensors or other shapes, and
-    for biases that llama.cpp's loader does not know (it refuses such files).
+    Raises GGUFError for another architecture, missing tensors or other shapes.
     """
     if gguf.architecture != arch.gguf_architecture:
         raise GGUFError(
@@ -112,11 +111,6 @@ def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None
     for edit in plan.edits:
         name, shape = arch.gguf_name(edit.tensor), edit.shape
         if edit.tensor in created:
-            if not arch.writer("attention" if edit.site == "attention" else "mlp").gguf_bias:
-                raise GGUFError(
-                    f"{gguf.path}: llama.cpp has no {name} for {gguf.architecture!r}; "
-                    "use op: gate, or set export.gguf to null"
-                )
             # The bias is new in the file; the weight beside it must be the model's.
             name = name.removesuffix("bias") + "weight"
             shape = base.find(edit.tensor.removesuffix("bias") + "weight").shape

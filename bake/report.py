@@ -35,18 +35,23 @@ def table(measured: Measured) -> str:
 
 
 def serve_lines(recipe: Recipe, folder: Path) -> str:
-    """The lines that serve the result, for the formats that were written."""
-    lines = []
-    if recipe.export.safetensors:
-        lines.append(f"transformers  transformers chat {folder}")
-        lines.append(f"vLLM          vllm serve {folder}")
+    """The lines that serve the result in the recipe's runtimes, for the formats written."""
+    model_file = folder / "Modelfile"
+    by_runtime = {
+        "transformers": f"transformers chat {folder}",
+        "vllm": f"vllm serve {folder}",
+        "sglang": f"python -m sglang.launch_server --model-path {folder}",
+        "mlx": f"mlx_lm.chat --model {folder}",
+    }
+    if not recipe.export.safetensors:
+        by_runtime.clear()
     if recipe.export.gguf:
-        lines.append(f"llama.cpp     llama-server -m {folder / recipe.name}.gguf --jinja")
-        model_file = folder / "Modelfile"
-        lines.append(
-            f"Ollama        ollama create {recipe.name} -f {model_file} && ollama run {recipe.name}"
+        by_runtime["llama.cpp"] = f"llama-server -m {folder / recipe.name}.gguf --jinja"
+        by_runtime["ollama"] = (
+            f"ollama create {recipe.name} -f {model_file} && ollama run {recipe.name}"
         )
-    return "\n".join(lines)
+    wanted = [runtime for runtime in recipe.runtimes if runtime in by_runtime]
+    return "\n".join(f"{runtime:12}  {by_runtime[runtime]}" for runtime in wanted)
 
 
 def card(loaded: LoadedRecipe, measured: Measured) -> str:
@@ -78,10 +83,7 @@ def card(loaded: LoadedRecipe, measured: Measured) -> str:
         + "figure, hash and version.\n\n## Recipe\n\n```yaml\n"
         + loaded.text.rstrip()
         + "\n```\n"
-        + "".join(
-            f"\nwith `{override}`\n"
-            for override in loaded.overrides
-        )
+        + "".join(f"\nwith `{override}`\n" for override in loaded.overrides)
     )
 
 

@@ -1,6 +1,7 @@
 """The behavioural test of the architecture table: every row, every operator, through the disk."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,9 @@ IDS = torch.tensor([[1, 7, 30, 11, 52, 90, 4, 2], [1, 8, 31, 12, 53, 91, 5, 2]])
 BATCH = Batch(IDS, torch.ones_like(IDS), (0, 1))
 
 
-def recipe_of(*edits: dict[str, object]) -> Recipe:
-    runtimes = {"runtimes": ["transformers"]}
-    return Recipe.model_validate({"name": "test", "edits": list(edits), "evaluate": runtimes})
+def recipe_of(*edits: dict[str, object], runtimes: Sequence[str] = ("transformers",)) -> Recipe:
+    values = {"name": "test", "edits": list(edits), "runtimes": list(runtimes)}
+    return Recipe.model_validate(values | {"evaluate": {"runtimes": ["transformers"]}})
 
 
 def baked(
@@ -156,6 +157,21 @@ def test_a_slot_that_the_class_does_not_have_fails(tmp_path: Path) -> None:
     spec: dict[str, object] = {"op": "add", "layer": 1, "strength": 1.0}
     with pytest.raises(CheckpointError, match="unexpected keys"):
         baked(folder, wrong, [add], [spec], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "site", "runtime"),
+    [("qwen3", "mid", "llama.cpp"), ("qwen3", "mid", "vllm"), ("llama", "out", "sglang")],
+)
+def test_a_bias_that_a_runtime_would_drop_is_refused(
+    tmp_path: Path, model_type: str, site: str, runtime: str
+) -> None:
+    write_tiny(model_type, tmp_path)
+    spec: dict[str, object] = {"op": "add", "layer": 1, "site": site, "strength": 1.0}
+    base, arch = Checkpoint.open(tmp_path), ARCHS[model_type]
+    make_plan(recipe_of(spec), base, arch)
+    with pytest.raises(ArchitectureError, match=f"{runtime} would drop a bias"):
+        make_plan(recipe_of(spec, runtimes=("transformers", runtime)), base, arch)
 
 
 def test_an_existing_bias_is_ablated_and_added_to(tmp_path: Path) -> None:

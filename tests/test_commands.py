@@ -1,6 +1,8 @@
 """The command line: help, errors in one line each, their exit codes, and nothing left behind."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -162,6 +164,28 @@ def test_bad_input_is_one_line(
     bake: Run, place: Path, arguments: list[str], words: list[str]
 ) -> None:
     refused(bake, arguments, 1, *words)
+
+
+def test_a_hub_id_is_found_in_the_hubs_cache(place: Path) -> None:
+    """The Hub's own client and cache layout; there is no network here."""
+    repository = place / "hub" / "models--somebody--tiny"
+    snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    shutil.copytree(place / "model", snapshot)
+    command = [sys.executable, "-m", "bake", "plan", "--recipe", "recipe.yaml", "--model"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(place / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "somebody/tiny"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.1.mlp.down_proj.weight" in done.stdout
+    done = subprocess.run(
+        [*command, "somebody/else"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("bake: model: somebody/else: no such folder, and the Hub")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_an_architecture_outside_the_table(bake: Run, place: Path) -> None:

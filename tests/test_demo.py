@@ -21,7 +21,9 @@ def test_the_adapter_is_small_and_of_every_linear_layer() -> None:
     edits = adapter_edits()
     assert len(edits) == 30 * 7
     assert {edit.right.shape[0] for edit in edits} == {8}
-    assert all(t.dtype == torch.float16 for t in load_file(ADAPTER / "adapter_model.safetensors").values())
+    assert all(
+        t.dtype == torch.float16 for t in load_file(ADAPTER / "adapter_model.safetensors").values()
+    )
 
 
 def test_the_training_prompts_share_nothing_with_held_out_ones() -> None:
@@ -78,7 +80,10 @@ def test_the_config_is_of_the_hubs_kind(demo: Demo) -> None:
     assert config["rope_theta"] == 100000.0
     assert "quantization_config" not in config
     assert {path.name for path in demo.model.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
         "tokenizer_config.json",
     }
 

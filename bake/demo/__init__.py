@@ -17,6 +17,7 @@ from bake.checkpoint import Checkpoint
 from bake.demo.base import base_gguf, write_base
 from bake.edits import LowRank
 from bake.errors import OutputError
+from bake.progress import progress
 
 __all__ = ["Demo", "cache_folder", "materialise"]
 
@@ -54,8 +55,12 @@ def materialise() -> Demo:
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as staging:
+            with (
+                tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-") as staging,
+                progress("making the demo model, once", 1) as update,
+            ):
                 _write(Path(staging))
+                update(1)
                 made = Path(staging) / "demo"
                 if not folder.is_dir():
                     made.replace(folder)

@@ -76,7 +76,9 @@ class Ablate:
 class AblateOperator:
     """`op: ablate`: one direction, out of every writer of the chosen layers."""
 
-    def plan(self, spec: Spec, base: Checkpoint, arch: Arch, place: str) -> Step:
+    def plan(
+        self, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
+    ) -> Step:
         """The writers' weights, the biases that they have, and on demand the embedding.
 
         Raises ArchitectureError for the embedding of a tied model, which is its

@@ -49,11 +49,13 @@ class Add:
 class AddOperator:
     """`op: add`, through the bias carrier."""
 
-    def plan(self, spec: Spec, base: Checkpoint, arch: Arch, place: str) -> Step:
+    def plan(
+        self, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
+    ) -> Step:
         """One bias: `out` follows the MLP, so that is its writer; `mid` follows the attention."""
         arch.check_layers((spec.layer,), base.config, f"{place}.layer")
         site: Literal["attention", "mlp"] = "mlp" if spec.site == "out" else "attention"
-        carrier = bias_carrier(base, arch, spec.layer, site)
+        carrier = bias_carrier(base, arch, spec.layer, site, runtimes)
         weight = base.find(carrier.tensor.removesuffix("bias") + "weight")
         edit = PlannedEdit(
             "add", "bias", spec.layer, site, carrier.tensor, weight.shape[:1], weight.dtype

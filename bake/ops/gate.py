@@ -49,7 +49,9 @@ class Gate:
 class GateOperator:
     """`op: gate`: one rank-one gate at every chosen writer."""
 
-    def plan(self, spec: Spec, base: Checkpoint, arch: Arch, place: str) -> Step:
+    def plan(
+        self, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
+    ) -> Step:
         """The weight of every writer at the chosen sites of the chosen layers."""
         arch.check_layers(spec.layers, base.config, f"{place}.layers")
         edits = []

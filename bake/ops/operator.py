@@ -1,6 +1,6 @@
 """What every operator can do: plan from headers, name what it needs, build from measurements."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -31,8 +31,13 @@ class Measured:
 class Operator(Protocol[Spec]):
     """One `op` of a recipe; `Spec` is its section of the recipe's schema."""
 
-    def plan(self, spec: Spec, base: Checkpoint, arch: Arch, place: str) -> Step:
-        """Every edit from headers alone; `place` is the entry's path in the recipe."""
+    def plan(
+        self, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
+    ) -> Step:
+        """Every edit from headers alone.
+
+        `place` is the entry's path in the recipe, `runtimes` what the result is for.
+        """
         ...
 
     def layers(self, spec: Spec) -> tuple[int, ...]:
