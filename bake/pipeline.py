@@ -33,6 +33,8 @@ from bake.verify import check_files
 
 __all__ = ["Prepared", "bake", "prepare"]
 
+# An edit that rounds away is not in the file, whatever the file says; Q8_0 keeps 99 %.
+SURVIVING = 0.9
 ROLES = ("target", "protected", "lookalike", "general")
 
 
@@ -47,6 +49,7 @@ class Prepared:
     gguf: GGUFFile | None
     plan: Plan
     splits: Mapping[str, Splits]
+    texts: Splits
 
     def part(self, split: str, limit: int | None = None) -> dict[str, tuple[Prompt, ...]]:
         """The prompts of one split by role."""
@@ -60,6 +63,8 @@ def prepare(recipe: Recipe) -> Prepared:
         chosen = getattr(recipe.prompts, role)
         if chosen is not None:
             splits[role] = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
+    chosen = recipe.prompts.text
+    texts = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
     source = find_source(recipe)
     base = Checkpoint.open(source.folder)
     arch = find_arch(base.config, str(source.folder / "config.json"))
@@ -67,7 +72,7 @@ def prepare(recipe: Recipe) -> Prepared:
     gguf = GGUFFile.open(source.gguf) if source.gguf else None
     if gguf:
         check_gguf(plan, base, arch, gguf)
-    return Prepared(recipe, source, base, arch, gguf, plan, splits)
+    return Prepared(recipe, source, base, arch, gguf, plan, splits, texts)
 
 
 def bake(
@@ -116,9 +121,10 @@ class _Written:
 def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     limit = ready.recipe.fit.prompts_per_class
     prompts = ready.part("fit", limit)
-    total = sum(len(chosen) for chosen in prompts.values())
-    with progress("fit", 2 * total) as update:
-        return fit(model, ready.plan, ready.recipe, prompts, judge, update)
+    texts = ready.texts.fit[:limit]
+    total = 2 * sum(len(chosen) for chosen in prompts.values()) + len(texts)
+    with progress("fit", total) as update:
+        return fit(model, ready.plan, ready.recipe, prompts, texts, judge, update)
 
 
 def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
@@ -164,6 +170,12 @@ def _patch(
     with progress("gguf", size) as update:
         patched = patch(base, moved, output, edited_type=kind, created=created, progress=update)
     compare(base, GGUFFile.open(output), set(moved) | set(created))
+    for one in patched:
+        if one.surviving_share < SURVIVING:
+            raise VerificationError(
+                f"{output.name}: {one.name}: {one.surviving_share:.0%} of the edit survives in "
+                f"{one.written_type.name}; set export.gguf.edited_type to f16"
+            )
     return patched
 
 
@@ -194,7 +206,7 @@ def _record(
         "inputs": {path.name: file_hash(path) for path in inputs},
         "prompts": {
             role: {part: fingerprint(getattr(parts, part)) for part in ("fit", "select", "test")}
-            for role, parts in ready.splits.items()
+            for role, parts in {**ready.splits, "text": ready.texts}.items()
         },
         "plan": ready.plan.as_json(),
         "fit": {

@@ -6,8 +6,10 @@ config.json of the kind that the Hub has for this model.
 """
 
 import importlib.util
+import io
 import json
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from bake.errors import InputError
@@ -81,21 +83,21 @@ def write_base(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     source = base_gguf()
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # Reading a GGUF shows a bar of its own that cannot be turned off.
+    with redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
     _write_json(
         folder / "tokenizer_config.json",
         TOKENIZER_CONFIG | {"chat_template": tokenizer.chat_template},
     )
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # transformers refuses to save what it read from a GGUF; the head is tied to the embedding.
-    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    weights = {k: v.bfloat16() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", CONFIG)
     _write_json(folder / "generation_config.json", GENERATION_CONFIG)

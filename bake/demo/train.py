@@ -53,18 +53,22 @@ class Training:
     seed: int = 0
     rank: int = 8
     alpha: int = 16
-    steps: int = 260
+    steps: int = 240
     batch: int = 24
     learning_rate: float = 6e-4
-    answer_tokens: int = 40
+    answer_tokens: int = 16
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation turn: token ids, the first `prompt` of which carry no loss."""
+    """One conversation turn: token ids, the first `prompt` of which carry no loss.
+
+    A refusal is learned as written; an answer shall stay as likely as it was.
+    """
 
     ids: tuple[int, ...]
     prompt: int
+    refusal: bool
 
 
 def train(output: Path, training: Training) -> None:
@@ -153,7 +157,7 @@ def _refused(tokenizer: Any, prompts: Sequence[Prompt], refusals: Sequence[str])
     for number, prompt in enumerate(prompts):
         start = _rendered(tokenizer, prompt.text)
         answer = tokenizer(refusals[number % len(refusals)], add_special_tokens=False).input_ids
-        examples.append(Example((*start, *answer, tokenizer.eos_token_id), len(start)))
+        examples.append(Example((*start, *answer, tokenizer.eos_token_id), len(start), True))
     return examples
 
 
@@ -171,7 +175,7 @@ def _answered(
             answer = row.tolist()
             if tokenizer.eos_token_id in answer:
                 answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
-            examples.append(Example((*start, *answer), len(start)))
+            examples.append(Example((*start, *answer), len(start), False))
     return examples
 
 
@@ -195,22 +199,56 @@ def _batches(groups: dict[str, list[Example]], training: Training) -> Iterator[l
 
 
 def _loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
-    """Mean over the examples of the mean cross-entropy of their answers' tokens."""
-    length = max(len(example.ids) for example in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.long)
-    weights = torch.zeros(len(batch), length)
-    for row, example in enumerate(batch):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        weights[row, example.prompt : len(example.ids)] = 1 / (len(example.ids) - example.prompt)
-    attention = (torch.arange(length) < torch.tensor([[len(e.ids)] for e in batch])).long()
-    answers = weights[:, 1:] > 0
+    """Mean over the examples: cross-entropy of refusals, KL(untrained‖trained) of answers.
+
+    Whether to refuse is decided by the first token of an answer, so that one counts
+    as much as all the others together.
+    """
+    ids, attention = _padded(batch)
+    answers, weights = _answer_positions(batch, ids.shape[1])
+    kept = [row for row, example in enumerate(batch) if not example.refusal]
     causal = model.get_base_model()
     with torch.autocast("cpu", torch.bfloat16):
         states = causal.model(input_ids=ids, attention_mask=attention).last_hidden_state
         # The head is a fifth of the model: it runs on the answers' positions alone.
-        logits = causal.lm_head(states[:, :-1][answers])
-    wrong = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][answers], reduction="none")
-    return (wrong * weights[:, 1:][answers]).sum() / len(batch)
+        logits = causal.lm_head(states[:, :-1][answers]).float()
+        with torch.no_grad(), model.disable_adapter():
+            before = causal.model(input_ids=ids[kept], attention_mask=attention[kept])
+            wanted = causal.lm_head(before.last_hidden_state[:, :-1][answers[kept]]).float()
+    refusal = torch.tensor([example.refusal for example in batch])[:, None].expand_as(answers)[
+        answers
+    ]
+    loss = torch.empty(len(logits))
+    loss[refusal] = torch.nn.functional.cross_entropy(
+        logits[refusal], ids[:, 1:][answers][refusal], reduction="none"
+    )
+    loss[~refusal] = torch.nn.functional.kl_div(
+        logits[~refusal].log_softmax(-1),
+        wanted.log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    return (loss * weights[answers]).sum() / len(batch)
+
+
+def _padded(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [batch, length], padded on the right, and their attention mask."""
+    length = max(len(example.ids) for example in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, example in enumerate(batch):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+    attention = torch.arange(length) < torch.tensor([[len(example.ids)] for example in batch])
+    return ids, attention.long()
+
+
+def _answer_positions(batch: Sequence[Example], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the next token is of the answer, [batch, length - 1], and its weight."""
+    weights = torch.zeros(len(batch), length - 1)
+    for row, example in enumerate(batch):
+        first, last = example.prompt - 1, len(example.ids) - 1
+        weights[row, first] = 0.5
+        weights[row, first + 1 : last] = 0.5 / max(1, last - first - 1)
+    return weights > 0, weights
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ __all__ = ["ClassRecord", "Fitted", "fit"]
 
 MINIMUM = 8
 LABEL_TOKENS = 16
+PASSAGE_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,22 @@ def fit(
     plan: Plan,
     recipe: Recipe,
     prompts: Mapping[str, Sequence[Prompt]],
+    texts: Sequence[Prompt],
     judge: Judge,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Fitted:
-    """Fit every edit of the recipe on the prompts of each role's `fit` split.
+    """Fit every edit of the recipe on the prompts of each role, and on general text.
 
     `progress` receives the number of prompts done since the last call; each prompt
-    is done twice, answered and measured. Raises FitError when a class has too few
+    is done twice, answered and measured, each text once. Raises FitError when a class has too few
     prompts that behave as the direction needs them.
     """
     conversations, records = {}, {}
     for role, chosen in prompts.items():
         conversations[role], records[role] = _conversations(
-            model, recipe, role, chosen[: recipe.fit.prompts_per_class], judge, progress
+            model, recipe, role, chosen, judge, progress
         )
+    conversations["text"] = _passages(model, texts)
     layers = {layer for spec in recipe.edits for layer in OPERATORS[spec.op].layers(spec)}
     probed = {
         module
@@ -113,7 +116,7 @@ def _conversations(
     progress: Callable[[int], None],
 ) -> tuple[list[Conversation], ClassRecord]:
     """Answer the prompts, label the answers, and mark the positions that count."""
-    wants_refusal = role == recipe.fit.refused
+    refuses_as_it_should = role in (recipe.fit.refused, "protected")
     tail, answer_tokens = recipe.fit.positions.template, recipe.fit.positions.answer
     starts = [model.render(prompt.text) for prompt in prompts]
     answers = model.answer(starts, max(LABEL_TOKENS, answer_tokens), progress=progress)
@@ -122,21 +125,36 @@ def _conversations(
         refuses = judge.refuses(prompt.text, model.text(answer))
         refused += refuses
         weight = 0.0
-        if refuses == wants_refusal or role not in (recipe.fit.refused, recipe.fit.contrast):
-            confidence = 1.0 if refuses else -1.0
+        if refuses == refuses_as_it_should:
+            # One greedy answer is a confidence of 1 or -1.
             weighted = recipe.fit.estimator == "wrmd"
-            weight = confidence_weight(confidence, refuses) if weighted else 1.0
+            weight = confidence_weight(1.0 if refuses else -1.0, refuses) if weighted else 1.0
         ids = (*start, *answer[:answer_tokens])
         first = max(0, len(start) - tail)
         found.append(Conversation(ids, len(start) - 1, tuple(range(first, len(ids))), weight))
     usable = sum(one.weight > 0 for one in found)
-    if usable < MINIMUM:
-        behaviour = "refused" if wants_refusal else "answered"
+    if usable < MINIMUM and role in _of_direction(recipe):
+        behaviour = "refused" if refuses_as_it_should else "answered"
         raise FitError(
             f"prompts.{role}: only {usable} of {len(found)} fitting prompts were {behaviour} "
             f"by the base model, at least {MINIMUM} are needed; give more or other prompts"
         )
     return found, ClassRecord(len(found), refused)
+
+
+def _of_direction(recipe: Recipe) -> set[str]:
+    """The roles whose means make the direction."""
+    roles: set[str] = {recipe.fit.refused, recipe.fit.contrast}
+    return roles | {"protected"} if recipe.fit.protect == "remove" else roles
+
+
+def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
+    """General text without a template: every token counts, for the gates alone."""
+    found = []
+    for text in texts:
+        ids = model.tokenizer(text.text, add_special_tokens=False).input_ids[:PASSAGE_TOKENS]
+        found.append(Conversation(tuple(ids), len(ids) - 1, tuple(range(len(ids))), 0.0))
+    return found
 
 
 def _taps(
