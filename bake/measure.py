@@ -104,7 +104,11 @@ def _parity(
     llamas: Mapping[str, LlamaModel],
     compared: Sequence[Sequence[int]],
 ) -> dict[str, Divergence]:
-    """Logits of every baked form against the hooked base, all in float32."""
+    """Logits of every baked form against its hooked base, all in float32.
+
+    A GGUF's hooked base has the logits of the base GGUF, moved by what the hooks move
+    in the checkpoint: exact to first order in the quantisation of the base.
+    """
     found: dict[str, Divergence] = {}
     single = LiveModel.load(artefacts.base, model.arch, torch.float32)
     baked = None
@@ -120,8 +124,10 @@ def _parity(
                 total = found.setdefault("transformers", Divergence())
                 total.add(base, hooked, baked.logits(batch)[real])
             if llamas:
+                # What the hooks change, laid on the base GGUF: its quantisation is not the bake's.
+                plain = _llama_logits(llamas["base"], batch)
                 total = found.setdefault("llama.cpp", Divergence())
-                total.add(base, hooked, _llama_logits(llamas["baked"], batch))
+                total.add(plain, plain + hooked - base, _llama_logits(llamas["baked"], batch))
             update(len(batch.rows))
     if llamas:
         _control_vector(found, llamas, interventions, compared)

@@ -23,12 +23,12 @@ __all__ = ["Demo", "cache_folder", "materialise"]
 
 ADAPTER = Path(__file__).parent / "adapter"
 # Part of the cache key: raise it when materialising changes what it writes.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The materialised demo: a bfloat16 checkpoint folder and a GGUF of the same weights."""
+    """The materialised demo: a float32 checkpoint folder and a GGUF of the same weights."""
 
     model: Path
     gguf: Path

@@ -42,7 +42,7 @@ CONFIG: dict[str, object] = {
     "rope_scaling": None,
     "rope_theta": 100000.0,
     "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
+    "torch_dtype": "float32",
     "use_cache": True,
     "vocab_size": 49152,
 }
@@ -79,7 +79,7 @@ def base_gguf() -> Path:
 
 
 def write_base(folder: Path) -> None:
-    """Write the dequantised model as a bfloat16 checkpoint into the empty `folder`."""
+    """Write the dequantised model as a float32 checkpoint into the empty `folder`."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,7 +97,7 @@ def write_base(folder: Path) -> None:
         TOKENIZER_CONFIG | {"chat_template": tokenizer.chat_template},
     )
     # transformers refuses to save what it read from a GGUF; the head is tied to the embedding.
-    weights = {k: v.bfloat16() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", CONFIG)
     _write_json(folder / "generation_config.json", GENERATION_CONFIG)
