@@ -20,6 +20,7 @@ from bake.recipe import LoadedRecipe, load_recipe
 SMALL = (
     "fit.prompts_per_class=32",
     "evaluate.limit=4",
+    "evaluate.runtimes=[transformers, llama.cpp]",
     "evaluate.answer_tokens=12",
     "verify.prompts=4",
     "guard={protected_drop: 100, lookalike_rise: 100, general_rise: 100, runtime_gap: 100}",
@@ -117,7 +118,7 @@ def test_lost_parity_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
 def test_an_added_vector_matches_llama_cpps_control_vector(demo: Demo, tmp_path: Path) -> None:
     """`add` through the bias, in both formats; for the second the reference is llama.cpp's own."""
     add = "edits=[{op: add, layer: 15, strength: -1}]"
-    folder = bake(small(tmp_path / "out", add, "evaluate.runtimes=[transformers]"))
+    folder = bake(small(tmp_path / "out", add))
     parity = json.loads((folder / "bake.json").read_text())["measured"]["parity"]
     assert parity["transformers"]["lost_share"] < 1e-4
     assert parity["llama.cpp, its own control vector"]["lost_share"] < 1e-2

@@ -1,4 +1,4 @@
-"""The README's first command, as a newcomer runs it: a clean folder, every shipped recipe."""
+"""The README's first command, as a newcomer runs it: a clean folder."""
 
 import json
 import os
@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from bake.recipe import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,13 +28,12 @@ def test_the_two_commands_are_the_ones_that_ci_and_tests_run() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [recipe.name for recipe in shipped_recipes()])
-def test_a_shipped_recipe_keeps_its_promises(
-    name: str, tmp_path: Path, demo: object, capsys: pytest.CaptureFixture[str]
+def test_the_first_command_keeps_its_promises(
+    tmp_path: Path, demo: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`bake --recipe` in a clean folder; its guard and its verification are the assertions."""
+    """In a clean folder; the recipe's own guard and verification are the assertions."""
     done = subprocess.run(
-        ["bake", "--recipe", str(ROOT / "recipes" / f"{name}.yaml")],
+        ["bake", "--recipe", str(ROOT / "recipes/political-open.yaml")],
         cwd=tmp_path,
         env=os.environ,
         capture_output=True,
@@ -44,8 +41,10 @@ def test_a_shipped_recipe_keeps_its_promises(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "llama-server -m" in done.stdout
-    manifest = json.loads((tmp_path / name / "bake.json").read_text())
-    assert set(manifest["measured"]["refusals"]["after"]) == {"transformers", "llama.cpp"}
+    manifest = json.loads((tmp_path / "political-open" / "bake.json").read_text())
+    after = manifest["measured"]["refusals"]["after"]["transformers"]
+    assert 100 * after["target"]["refused"] <= 10 * after["target"]["total"]
+    assert manifest["measured"]["parity"]["transformers"]["lost_share"] < 1e-4
     # The measured table belongs into the log of a test run.
     with capsys.disabled():
         sys.stdout.write(f"\n{done.stdout}")
