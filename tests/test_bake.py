@@ -86,7 +86,11 @@ def test_stock_classes_load_it_and_answer_otherwise(baked: Path, demo: Demo) -> 
     assert float((logits[0] - logits[1]).abs().max()) > 0.1
     with LlamaModel(baked / "political-open.gguf", context=64, parallel=1, threads=2) as llama:
         found = torch.from_numpy(llama.logits(ids[0].tolist()))
-    torch.testing.assert_close(found.argmax(-1), logits[1][0].argmax(-1), rtol=0, atol=0)
+    # Arbitrary token ids leave some positions undecided; quantisation may tip one of them.
+    baked_agrees, base_agrees = (
+        float((found.argmax(-1) == other[0].argmax(-1)).float().mean()) for other in logits[::-1]
+    )
+    assert baked_agrees > 0.9 > base_agrees
 
 
 def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None:
