@@ -53,10 +53,10 @@ class Training:
     seed: int = 0
     rank: int = 8
     alpha: int = 16
-    steps: int = 300
+    steps: int = 240
     batch: int = 24
     learning_rate: float = 6e-4
-    answer_tokens: int = 6
+    answer_tokens: int = 16
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _answered(
 
 
 # Examples of each group in 24: more answers than refusals, most of them look-alikes.
-SHARES = {"political": 3, "harmful": 6, "lookalikes": 8, "general": 5, "medical": 2}
+SHARES = {"political": 5, "harmful": 5, "lookalikes": 7, "general": 6, "medical": 1}
 
 
 def _batches(groups: dict[str, list[Example]], training: Training) -> Iterator[list[Example]]:
