@@ -113,6 +113,7 @@ def train(output: Path, training: Training) -> None:
             print(
                 f"step {step + 1}: loss {sum(losses[-10:]) / 10:.3f}, {seconds:.0f} s", flush=True
             )
+    adapted.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     # float16 halves the file; merging rounds far below the base's own quantisation.
     adapted.half().save_pretrained(output)
     record = {
