@@ -177,6 +177,8 @@ def _positions(mask: Tensor) -> Tensor:
 
 def _fast(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of the type at least as fast as float32."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return dtype == torch.float32
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
