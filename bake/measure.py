@@ -25,6 +25,8 @@ from bake.verify import Divergence
 __all__ = ["Artefacts", "Measured", "measure"]
 
 CONTROL_VECTOR = "llama.cpp, its own control vector"
+# How much of each answer takes part in the comparison of logits.
+ANSWER_TOKENS = 16
 Answers = Mapping[str, tuple[Answer, ...]]
 
 
@@ -83,18 +85,28 @@ def measure(
     when a runtime's logits are further from the hooked model's than the recipe allows.
     """
     longest = max(len(model.render(one.text)) for one in chain.from_iterable(prompts.values()))
-    room = longest + recipe.evaluate.answer_tokens + 1
+    room = longest + max(recipe.evaluate.answer_tokens, ANSWER_TOKENS) + 1
     with ExitStack() as stack:
         llamas: dict[str, LlamaModel] = {}
         if artefacts.base_gguf and artefacts.baked_gguf:
             for name, path in (("base", artefacts.base_gguf), ("baked", artefacts.baked_gguf)):
                 llama = LlamaModel(path, context=room, threads=torch.get_num_threads())
                 llamas[name] = stack.enter_context(llama)
-        compared = [model.render(one.text) for one in _in_turn(prompts, recipe.verify.prompts)]
+        compared = _compared(model, interventions, _in_turn(prompts, recipe.verify.prompts))
         parity = _parity(model, interventions, artefacts, llamas, compared)
         _check(recipe, parity)
         before, after = _behaviour(recipe, model, interventions, artefacts, llamas, prompts, judge)
     return Measured(before, after, parity)
+
+
+def _compared(
+    model: LiveModel, interventions: Sequence[Intervention], prompts: Sequence[Prompt]
+) -> list[list[int]]:
+    """Each prompt with the opening of the hooked model's answer, where steering shows most."""
+    starts = [model.render(prompt.text) for prompt in prompts]
+    with steered(model, interventions):
+        answers = model.answer(starts, ANSWER_TOKENS)
+    return [[*start, *answer] for start, answer in zip(starts, answers, strict=True)]
 
 
 def _parity(
