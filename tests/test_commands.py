@@ -131,6 +131,34 @@ def test_a_plan_of_an_added_bias_lists_what_it_creates(bake: Run, place: Path) -
     assert len(plan["created"]) == 9
 
 
+def test_a_plan_reads_headers_only(bake: Run, place: Path) -> None:
+    """140 GB of weights that are a hole in the disk: reading them would never end."""
+    width, inner, blocks, words = 8192, 28672, 80, 128256
+    shapes = {"model.embed_tokens": (words, width), "lm_head": (words, width)}
+    for layer in range(blocks):
+        block = f"model.layers.{layer}"
+        shapes |= {f"{block}.self_attn.{name}_proj": (width, width) for name in "qkvo"}
+        shapes |= {f"{block}.mlp.{name}_proj": (inner, width) for name in ("gate", "up")}
+        shapes[f"{block}.mlp.down_proj"] = (width, inner)
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * shape[1]
+        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        header[f"{name}.weight"] = entry
+        end += size
+    text = json.dumps(header).encode()
+    with (place / "model" / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    file = place / "model" / "config.json"
+    sizes = {"hidden_size": width, "num_hidden_layers": blocks}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
+    code, out, _ = bake("plan", "--recipe", "recipe.yaml", "--set", "edits.0.layers=40-43")
+    assert code == 0
+    assert "model.layers.43.mlp.down_proj.weight" in out
+    assert end > 140e9
+
+
 def test_three_mistakes_are_three_lines(bake: Run, place: Path) -> None:
     Path("wrong.yaml").write_text(
         "model: model\nedits:\n  - op: gate\n    layers: [1]\n    strenght: 2\n"

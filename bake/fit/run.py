@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
+from bake.checkpoint import Checkpoint
 from bake.errors import FitError
 from bake.fit.mean_difference import mean_difference
 from bake.fit.protect import without
@@ -57,6 +58,7 @@ class Fitted:
 
 def fit(
     model: LiveModel,
+    base: Checkpoint,
     plan: Plan,
     recipe: Recipe,
     prompts: Mapping[str, Sequence[Prompt]],
@@ -97,7 +99,8 @@ def fit(
         }
         return found
 
-    measured = Measured({layer: _direction(recipe, moments, layer) for layer in layers}, probe)
+    directions = {layer: _direction(recipe, moments, layer) for layer in layers}
+    measured = Measured(directions, probe, base)
     interventions = tuple(
         one
         for spec, step in zip(recipe.edits, plan.steps, strict=True)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from bake.archs import Arch
+from bake.arch import Arch
 from bake.carriers.bias import bias_carrier
 from bake.checkpoint import Checkpoint
 from bake.edits import AddVector, Edit, PlannedEdit, Step
@@ -23,27 +23,34 @@ __all__ = ["Add", "AddOperator"]
 class Add:
     """Add `vector` [d], strength included, at h_out or h_mid of `layer`.
 
-    `bias` names the writer's bias, which carries the vector. A direction measured
-    at the input of block l is added to the output of block l - 1 (Arditi et al.
-    2024, arXiv:2406.11717, whose code sets down_proj.bias of the previous block).
+    `bias` names the writer's bias that carries it, over the `multiplier` of its branch,
+    whose module is `branch`. A direction measured at the input of block l is added to the
+    output of block l - 1 (Arditi et al. 2024, arXiv:2406.11717, whose code sets
+    down_proj.bias of the previous block).
     """
 
     layer: int
     site: Literal["out", "mid"]
     vector: Tensor
     bias: str
+    branch: str
+    multiplier: float = 1.0
 
     def attach(self, model: LiveModel) -> Iterable[RemovableHandle]:
-        """Hook the block's output, or for `mid` the output of the attention's projection."""
+        """Hook the block's output, or for `mid` the attention's."""
         if self.site == "out":
-            module = model.block(self.layer)
+            module, vector = model.block(self.layer), self.vector
         else:
-            module = model.writer(self.layer, "attention")
-        yield on_output(module, lambda output, _: output + self.vector.to(output.dtype))
+            module, vector = model.model.get_submodule(self.branch), self._written
+        yield on_output(module, lambda output, _: output + vector.to(output.dtype))
 
     def edits(self) -> Sequence[Edit]:
         """One bias."""
-        return (AddVector(self.bias, self.vector),)
+        return (AddVector(self.bias, self._written),)
+
+    @property
+    def _written(self) -> Tensor:
+        return self.vector / self.multiplier
 
 
 class AddOperator:
@@ -54,11 +61,9 @@ class AddOperator:
     ) -> Step:
         """One bias: `out` follows the MLP, so that is its writer; `mid` follows the attention."""
         arch.check_layers((spec.layer,), base.config, f"{place}.layer")
-        site: Literal["attention", "mlp"] = "mlp" if spec.site == "out" else "attention"
-        carrier = bias_carrier(base, arch, spec.layer, site, runtimes)
-        weight = base.find(carrier.tensor.removesuffix("bias") + "weight")
+        carrier = bias_carrier(base, arch, spec.layer, spec.site, runtimes)
         edit = PlannedEdit(
-            "add", "bias", spec.layer, site, carrier.tensor, weight.shape[:1], weight.dtype
+            "add", "bias", spec.layer, spec.site, carrier.tensor, carrier.shape, carrier.dtype
         )
         return Step((edit,), carrier.created, carrier.config)
 
@@ -75,4 +80,15 @@ class AddOperator:
     ) -> tuple[Intervention, ...]:
         """The layer's direction, `strength` gaps long."""
         vector = (spec.strength * measured.directions[spec.layer]).float()
-        return (Add(spec.layer, spec.site, vector, step.edits[0].tensor),)
+        bias = step.edits[0].tensor
+        branch = arch.branch_of(bias)
+        return (
+            Add(
+                spec.layer,
+                spec.site,
+                vector,
+                bias,
+                arch.block_module(spec.layer, branch.module),
+                branch.multiplier(measured.base.config),
+            ),
+        )
