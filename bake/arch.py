@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from bake.errors import ArchitectureError
 
-__all__ = ["Arch", "BiasSlot", "Branch", "Site", "Writer", "Written"]
+__all__ = ["Arch", "Axis", "BiasSlot", "Branch", "Site", "Writer", "Written"]
 
 Site = Literal["attention", "mlp"]
 # The axis of a writer's weight that the stream has: rows of [.., d_out, d_in], or
@@ -67,18 +67,7 @@ class Branch:
 
     def multiplier(self, config: Mapping[str, object]) -> float:
         """The number that multiplies the branch; 1 where the class has none."""
-        if not self.scale:
-            return 1.0
-        found: Any = config
-        for key in self.scale:
-            try:
-                found = found[key]
-            except (KeyError, IndexError, TypeError):
-                return 1.0
-        if not isinstance(found, int | float) or not found:
-            path = ".".join(map(str, self.scale))
-            raise ArchitectureError(f"config.json: {path} must be a number, found {found!r}")
-        return float(found)
+        return _number(config, self.scale)
 
 
 @dataclass(frozen=True)
@@ -121,6 +110,7 @@ class Arch:
     width_key: str = "hidden_size"
     rotary: tuple[tuple[str, str], ...] = ()
     parallel: bool | str = False
+    embedding_scale: tuple[str | int, ...] | Literal["sqrt(width)"] = ()
     ignored: str = ""
 
     def layer_count(self, config: Mapping[str, object]) -> int:
@@ -130,6 +120,12 @@ class Arch:
     def width(self, config: Mapping[str, object]) -> int:
         """Width of the residual stream, from config.json."""
         return _positive(config, self.width_key)
+
+    def embedding_multiplier(self, config: Mapping[str, object]) -> float:
+        """The number that multiplies the token embedding; 1 where the class has none."""
+        if self.embedding_scale == "sqrt(width)":
+            return float(self.width(config) ** 0.5)
+        return _number(config, self.embedding_scale)
 
     def is_parallel(self, config: Mapping[str, object]) -> bool:
         """Whether all branches of a block read the same stream."""
@@ -302,6 +298,22 @@ def _gguf_names(architecture: str) -> Any:
 def _natural(name: str) -> list[Any]:
     """Sort key that counts numbers as numbers."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _number(config: Mapping[str, object], path: tuple[str | int, ...]) -> float:
+    """The number at a path of config.json; 1 where the class's own default holds."""
+    if not path:
+        return 1.0
+    found: Any = config
+    for key in path:
+        try:
+            found = found[key]
+        except (KeyError, IndexError, TypeError):
+            return 1.0
+    if not isinstance(found, int | float) or not found:
+        name = ".".join(map(str, path))
+        raise ArchitectureError(f"config.json: {name} must be a number, found {found!r}")
+    return float(found)
 
 
 def _positive(config: Mapping[str, object], key: str) -> int:

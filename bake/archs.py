@@ -90,6 +90,7 @@ _RESIDUAL = ("residual_multiplier",)
 _GRANITE = replace(
     _LLAMA,
     model_type="granite",
+    embedding_scale=("embedding_multiplier",),
     gguf_architecture="granite",
     branches=(
         replace(
@@ -103,6 +104,7 @@ _GEMMA = replace(
     _PLAIN,
     model_type="gemma",
     gguf_architecture="gemma",
+    embedding_scale="sqrt(width)",
     branches=(
         _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers")),
         _MLP,
@@ -168,6 +170,7 @@ _GEMMA2 = replace(
     _PLAIN,
     model_type="gemma2",
     gguf_architecture="gemma2",
+    embedding_scale="sqrt(width)",
     branches=(
         replace(_ATTENTION, norm="post_attention_layernorm", norm_offset=1.0),
         replace(_MLP, norm="post_feedforward_layernorm", norm_offset=1.0),
@@ -331,6 +334,7 @@ _FALCON_H1 = replace(
     _PLAIN,
     model_type="falcon_h1",
     gguf_architecture="falcon-h1",
+    embedding_scale=("embedding_multiplier",),
     branches=(
         replace(
             _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "mlx")),

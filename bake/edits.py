@@ -68,16 +68,20 @@ class CreatedTensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What one entry of a recipe's `edits` changes: tensors, new tensors, config keys."""
+    """What one entry of a recipe's `edits` changes: tensors, new tensors, config keys.
+
+    `notes` say what the plan chose, and why.
+    """
 
     edits: tuple[PlannedEdit, ...]
     created: tuple[CreatedTensor, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class AddVector:
-    """Add a vector [d_out] to a bias [d_out], or to every row of one [experts, d_out].
+    """Add a vector [d] to a bias [d], or to every row of [experts, d] or [vocabulary, d].
 
     The residual is the relative error of the written difference.
     """

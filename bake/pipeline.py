@@ -121,10 +121,10 @@ class _Written:
 def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     limit = ready.recipe.fit.prompts_per_class
     prompts = ready.part("fit", limit)
-    texts = ready.texts.fit[:limit]
-    total = 2 * sum(len(chosen) for chosen in prompts.values()) + len(texts)
+    count = len(ready.texts.fit[:limit])
+    total = 2 * sum(len(chosen) for chosen in prompts.values()) + count
     with progress("fit", total) as update:
-        return fit(model, ready.base, ready.plan, ready.recipe, prompts, texts, judge, update)
+        return fit(model, ready.base, ready.plan, ready.recipe, prompts, ready.texts, judge, update)
 
 
 def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
@@ -209,6 +209,7 @@ def _record(
             "classes": {role: asdict(one) for role, one in fitted.classes.items()},
             "gaps": {str(layer): gap for layer, gap in fitted.gaps.items()},
             "openings": fitted.openings,
+            "constants": {name: asdict(one) for name, one in fitted.constants.items()},
         },
         "residuals": dict(written.residuals),
         "gguf": [

@@ -51,6 +51,7 @@ class Plan:
             "edits": [asdict(edit) for edit in self.edits],
             "created": [asdict(tensor) for tensor in self.created],
             "config": dict(self.config),
+            "notes": [note for step in self.steps for note in step.notes],
         }
 
     def table(self) -> str:
@@ -67,6 +68,7 @@ class Plan:
         if self.created:
             lines.append(f"created: {len(self.created)} tensors of zeros beside the edited biases")
         lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
+        lines += [note for step in self.steps for note in step.notes]
         return "\n".join(lines)
 
 

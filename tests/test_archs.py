@@ -230,9 +230,10 @@ BIASED = {
 def test_an_added_vector_is_an_exact_bias_or_refused(tiny: Path, tmp_path: Path, site: str) -> None:
     base = Checkpoint.open(tiny)
     arch = find_arch(base.config, "config.json")
-    recipe = recipe_of({"op": "add", "layer": 1, "site": site, "strength": 2.0})
+    spec = {"op": "add", "layer": 1, "site": site, "strength": 2.0, "carrier": "bias"}
+    recipe = recipe_of(spec)
     if arch.model_type not in BIASED[site]:
-        with pytest.raises(ArchitectureError, match=r"bias carrier cannot serve|are parallel"):
+        with pytest.raises(ArchitectureError, match="the bias carrier cannot serve"):
             make_plan(recipe, base, arch)
         return
     model = LiveModel.load(tiny, arch)
@@ -241,6 +242,41 @@ def test_an_added_vector_is_an_exact_bias_or_refused(tiny: Path, tmp_path: Path,
         hooked = model.logits(BATCH)
     after = baked(base, arch, recipe, tmp_path / "out")
     assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+
+
+def test_a_vector_on_the_embedding_steers_the_input_of_block_0(tiny: Path, tmp_path: Path) -> None:
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    recipe = recipe_of({"op": "add", "layer": 0, "site": "in", "strength": 2.0})
+    model = LiveModel.load(tiny, arch)
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
+        hooked = model.logits(BATCH)
+    after = baked(base, arch, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+
+
+def test_auto_takes_the_most_exact_carrier_that_all_runtimes_serve(tmp_path: Path) -> None:
+    def chosen(model_type: str, runtime: str, **spec: object) -> tuple[str, str]:
+        folder = tmp_path / model_type
+        if not folder.exists():
+            write_tiny(model_type, folder)
+        recipe = recipe_of({"op": "add", "layer": 1, "strength": 1.0} | spec, runtimes=[runtime])
+        step = make_plan(recipe, Checkpoint.open(folder), ARCHS[model_type]).steps[0]
+        return step.edits[0].carrier, step.notes[0]
+
+    assert chosen("llama", "vllm") == ("bias", "edits.0: bias carrier (exact)")
+    carrier, note = chosen("llama", "sglang")
+    assert (carrier, "sglang would drop a bias of mlp.down_proj" in note) == ("ridge", True)
+    assert chosen("qwen3", "transformers")[0] == "ridge"
+    assert chosen("qwen3", "transformers", site="mid")[0] == "bias"
+    assert chosen("llama", "sglang", layer=0, site="in")[0] == "embedding"
+    assert chosen("gpt2", "mlx", site="in")[0] == "bias"
+    for model_type in ("gemma2", "mixtral"):
+        with pytest.raises(ArchitectureError, match="the bias carrier .* the ridge carrier cannot"):
+            chosen(model_type, "transformers")
+    with pytest.raises(ArchitectureError, match="the embedding carrier cannot serve site: out"):
+        chosen("llama", "vllm", carrier="embedding")
 
 
 def test_a_multiplier_that_a_row_forgets_is_found(tmp_path: Path) -> None:
@@ -263,7 +299,7 @@ def test_a_slot_that_the_class_does_not_have_fails(tmp_path: Path) -> None:
     folder = tmp_path / "qwen2"
     write_tiny("qwen2", folder)
     wrong = replace(ARCHS["qwen2"], branches=ARCHS["llama"].branches)
-    recipe = recipe_of({"op": "add", "layer": 1, "strength": 1.0})
+    recipe = recipe_of({"op": "add", "layer": 1, "strength": 1.0, "carrier": "bias"})
     with pytest.raises(CheckpointError, match="unexpected keys"):
         baked(Checkpoint.open(folder), wrong, recipe, tmp_path / "out")
 
@@ -276,7 +312,7 @@ def test_a_bias_that_a_runtime_would_drop_is_refused(
     tmp_path: Path, model_type: str, site: str, runtime: str
 ) -> None:
     write_tiny(model_type, tmp_path)
-    spec = {"op": "add", "layer": 1, "site": site, "strength": 1.0}
+    spec = {"op": "add", "layer": 1, "site": site, "strength": 1.0, "carrier": "bias"}
     base, arch = Checkpoint.open(tmp_path), ARCHS[model_type]
     make_plan(recipe_of(spec), base, arch)
     with pytest.raises(ArchitectureError, match=f"{runtime} would drop a bias"):

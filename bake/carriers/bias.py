@@ -1,40 +1,20 @@
 """The `bias` carrier: the vector lies in a native bias of a writer, exactly."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
 
-from bake.arch import Arch, Branch, Written
+from bake.arch import Arch, Written
+from bake.carriers.carried import Carried, Site
+from bake.carriers.writers import writers_at
 from bake.checkpoint import Checkpoint
 from bake.edits import CreatedTensor
 from bake.errors import ArchitectureError
 
-__all__ = ["BiasCarrier", "bias_carrier"]
-
-
-@dataclass(frozen=True)
-class BiasCarrier:
-    """The bias that takes the vector, and what must exist for stock classes to add it.
-
-    The bias holds the vector over `multiplier`, by which the class multiplies the branch.
-    """
-
-    tensor: str
-    branch: Branch
-    multiplier: float
-    shape: tuple[int, ...]
-    dtype: str
-    created: tuple[CreatedTensor, ...]
-    config: Mapping[str, object]
+__all__ = ["bias_carrier"]
 
 
 def bias_carrier(
-    base: Checkpoint,
-    arch: Arch,
-    layer: int,
-    site: Literal["out", "mid"],
-    runtimes: Iterable[str],
-) -> BiasCarrier:
+    base: Checkpoint, arch: Arch, layer: int, site: Site, runtimes: Iterable[str]
+) -> Carried:
     """Find the bias of a writer that all of the runtimes asked for add to the stream.
 
     Where the base has no bias yet, the config switch that creates it creates its
@@ -42,27 +22,13 @@ def bias_carrier(
     Raises ArchitectureError when the stock class or a runtime has no slot for it: a
     bias written there would load silently and never be added.
     """
-    parallel = arch.is_parallel(base.config)
-    if parallel and site == "mid":
-        raise ArchitectureError(
-            f"{base.folder}: the blocks of model_type '{arch.model_type}' are parallel: there is "
-            "no stream between attention and MLP; use site: out"
-        )
-    sites = ("attention",) if site == "mid" else ("mlp", "attention") if parallel else ("mlp",)
-    candidates = sorted(
-        (one for one in arch.written(base.tensors)[layer] if one.branch.site in sites),
-        key=lambda one: sites.index(one.branch.site),
-    )
     refusals = []
-    for one in candidates:
+    for one in writers_at(base, arch, layer, site):
         refusal = _refusal(one, set(runtimes))
         if not refusal:
-            return _carrier(base, arch, one)
+            return _carried(base, arch, one)
         refusals.append(refusal)
-    raise ArchitectureError(
-        f"{base.folder}: model_type '{arch.model_type}', layer {layer}: {refusals[0]}; the bias "
-        "carrier cannot serve it, use op: gate or op: ablate"
-    )
+    raise ArchitectureError(f"model_type '{arch.model_type}', layer {layer}: {refusals[0]}")
 
 
 def _refusal(one: Written, runtimes: set[str]) -> str:
@@ -80,34 +46,29 @@ def _refusal(one: Written, runtimes: set[str]) -> str:
     return f"{', '.join(without)} would drop a bias of {module}" if without else ""
 
 
-def _carrier(base: Checkpoint, arch: Arch, one: Written) -> BiasCarrier:
+def _carried(base: Checkpoint, arch: Arch, one: Written) -> Carried:
     multiplier = one.branch.multiplier(base.config)
+    branch = arch.block_module(one.layer, one.branch.module)
     if one.bias:
         info = base.find(one.bias)
-        return BiasCarrier(one.bias, one.branch, multiplier, info.shape, info.dtype, (), {})
+        return Carried("bias", one.bias, info.shape, info.dtype, multiplier, branch)
     slot = one.writer.bias
     assert slot is not None
     created = []
     for number in range(arch.layer_count(base.config)):
         for module in slot.modules:
             weight = base.find(f"{arch.block_module(number, module)}.weight")
-            if f"{arch.block_module(number, module)}.bias" in base.tensors:
-                continue
-            created.append(
-                CreatedTensor(
-                    name=weight.name.removesuffix("weight") + "bias",
-                    shape=weight.shape[:1],
-                    dtype=weight.dtype,
-                    beside=weight.name,
-                )
-            )
+            name = weight.name.removesuffix("weight") + "bias"
+            if name not in base.tensors:
+                created.append(CreatedTensor(name, weight.shape[:1], weight.dtype, weight.name))
     weight = base.find(one.weight)
-    return BiasCarrier(
+    return Carried(
+        "bias",
         f"{one.module}.bias",
-        one.branch,
-        multiplier,
         weight.shape[:1],
         weight.dtype,
-        tuple(created),
-        {slot.switch: True},
+        multiplier,
+        branch,
+        created=tuple(created),
+        config={slot.switch: True},
     )
