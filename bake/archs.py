@@ -1,153 +1,21 @@
-"""What bake knows of each architecture: one frozen row per `model_type`.
+"""The architecture table: one frozen row per `model_type`.
 
-A row names tensors as they are on disk. Rows differ by `dataclasses.replace`;
-nothing in bake branches on a model's name. The facts were read in transformers
-5.23 (`models/<type>/modeling_<type>.py`) and in llama.cpp's loader
-(`src/models/<arch>.cpp`, commit 0c1e57098), and every row passes the same test
-through the disk (tests/test_archs.py).
+Rows differ by `dataclasses.replace`; nothing in bake branches on a model's name. The
+facts were read in transformers 5.23 (`models/<type>/modeling_<type>.py`) and in
+llama.cpp's loader (`src/models/<arch>.cpp`, commit 0c1e57098), and every row passes
+the same tests through the disk (tests/test_archs.py).
 """
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
 
+from bake.arch import Arch, BiasSlot, Branch, Writer
 from bake.errors import ArchitectureError
 
-__all__ = ["ARCHS", "Arch", "BiasSlot", "Reader", "Site", "Writer", "find_arch"]
-
-Site = Literal["attention", "mlp"]
-
-
-@dataclass(frozen=True)
-class BiasSlot:
-    """The config switch that gives a writer a bias, and every module that it gives one.
-
-    The switch acts on all layers, so the siblings are written as zeros. `runtimes`
-    are those that load the bias and add it; the others drop it, some of them without
-    a word (vllm/model_executor/models/utils.py:457, sglang/srt/models/llama.py:757).
-    """
-
-    switch: str
-    modules: tuple[str, ...]
-    runtimes: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module of a decoder block: its name inside the block, and inside a GGUF's `blk.N`."""
-
-    module: str
-    gguf: str
-
-
-@dataclass(frozen=True)
-class Writer(Module):
-    """A matrix [d_out, d_in] whose output is added to the residual stream.
-
-    `bias` is the slot that the stock class loads and adds, if there is one.
-    """
-
-    bias: BiasSlot | None = None
-
-
-@dataclass(frozen=True)
-class Reader(Module):
-    """Any other module of a decoder block.
-
-    `rotary_heads` is the config key of the head count by which llama.cpp's
-    converter permutes the rows (conversion/llama.py, `permute`), if it does.
-    """
-
-    rotary_heads: str | None = None
-
-
-@dataclass(frozen=True)
-class Arch:
-    """A family of decoder-only models with a residual stream that is a plain sum."""
-
-    model_type: str
-    attention: Writer
-    mlp: Writer
-    readers: tuple[Reader, ...]
-    gguf_architecture: str
-    layer: str = "model.layers.{layer}"
-    embedding: str = "model.embed_tokens"
-    outside: tuple[str, ...] = ("model.embed_tokens", "model.norm", "lm_head")
-    layers_key: str = "num_hidden_layers"
-    width_key: str = "hidden_size"
-
-    def writer(self, site: Site) -> Writer:
-        """The block's writer at a site."""
-        return self.attention if site == "attention" else self.mlp
-
-    def module_name(self, layer: int, writer: Writer) -> str:
-        """The full module name of a writer, without `.weight`."""
-        return f"{self.layer.format(layer=layer)}.{writer.module}"
-
-    def layer_count(self, config: Mapping[str, object]) -> int:
-        """Number of decoder blocks, from config.json."""
-        return _positive(config, self.layers_key)
-
-    def width(self, config: Mapping[str, object]) -> int:
-        """Width of the residual stream, from config.json."""
-        return _positive(config, self.width_key)
-
-    def check_layers(self, chosen: Iterable[int], config: Mapping[str, object], place: str) -> None:
-        """Refuse layers that the model does not have; `place` is where the recipe names them."""
-        last = self.layer_count(config) - 1
-        for layer in chosen:
-            if layer > last:
-                raise ArchitectureError(
-                    f"{place}: layer {layer} is out of range; the model has layers 0 to {last}"
-                )
-
-    def gguf_name(self, tensor: str) -> str:
-        """The GGUF name of a block's weight or bias, or of the token embedding.
-
-        Raises ArchitectureError for every other tensor.
-        """
-        if tensor == f"{self.embedding}.weight":
-            return "token_embd.weight"
-        layer, module, kind = self._parts(tensor)
-        for known in self._modules():
-            if known.module == module:
-                return f"blk.{layer}.{known.gguf}.{kind}"
-        raise ArchitectureError(f"{tensor}: no GGUF name is known for this tensor")
-
-    def rotary_heads(self, tensor: str, config: Mapping[str, object]) -> int | None:
-        """Heads by which a GGUF permutes the rows of this tensor; None when it does not."""
-        module = self._parts(tensor)[1]
-        for reader in self.readers:
-            if reader.module == module and reader.rotary_heads:
-                return _positive(config, reader.rotary_heads)
-        return None
-
-    def _modules(self) -> tuple[Module, ...]:
-        return (self.attention, self.mlp, *self.readers)
-
-    def _parts(self, tensor: str) -> tuple[str, str, str]:
-        pattern = re.escape(self.layer).replace(r"\{layer\}", r"(\d+)")
-        found = re.fullmatch(rf"{pattern}\.(.+)\.(weight|bias)", tensor)
-        return (found[1], found[2], found[3]) if found else ("", "", "")
-
-    def check_tensors(self, names: Iterable[str]) -> None:
-        """Refuse a checkpoint that holds a tensor which the row does not explain.
-
-        An unknown module may write to the stream; editing the known writers
-        around it would be half an edit.
-        """
-        known = {known.module for known in self._modules()}
-        outside = {f"{module}.{kind}" for module in self.outside for kind in ("weight", "bias")}
-        for name in names:
-            if self._parts(name)[1] not in known and name not in outside:
-                raise ArchitectureError(
-                    f"{name}: model_type '{self.model_type}' has no such tensor in bake's table; "
-                    "the checkpoint is of a variant that bake does not know"
-                )
-
+__all__ = ["ARCHS", "find_arch"]
 
 _EVERYWHERE = frozenset({"transformers", "llama.cpp", "ollama", "vllm", "sglang", "mlx"})
+_TRANSFORMERS = frozenset({"transformers"})
 _ATTENTION_BIAS = BiasSlot(
     "attention_bias",
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -159,53 +27,451 @@ _MLP_BIAS = BiasSlot(
     # sglang hard-codes the MLP of llama without a bias (srt/models/llama.py:101).
     _EVERYWHERE - {"sglang"},
 )
+_O = Writer("self_attn.o_proj")
+_DOWN = Writer("mlp.down_proj")
+_ATTENTION = Branch("attention", "self_attn", (_O,))
+_MLP = Branch("mlp", "mlp", (_DOWN,))
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.rotary_emb.inv_freq")
+_QK_NORM = ("self_attn.q_norm", "self_attn.k_norm")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
 
-# transformers models/llama/modeling_llama.py:158-160, 220-229; llama.cpp models/llama.cpp.
+
+def _slot(writer: Writer, slot: BiasSlot, *runtimes: str) -> Writer:
+    """A writer with a bias slot, which only some runtimes serve if they are named."""
+    return replace(writer, bias=replace(slot, runtimes=frozenset(runtimes)) if runtimes else slot)
+
+
+def _with(branch: Branch, writer: Writer) -> Branch:
+    return replace(branch, writers=(writer,))
+
+
+# Models of the Llama kind. transformers models/llama/modeling_llama.py:158-160, 220-229.
 _LLAMA = Arch(
     model_type="llama",
-    attention=Writer("self_attn.o_proj", "attn_output", _ATTENTION_BIAS),
-    mlp=Writer("mlp.down_proj", "ffn_down", _MLP_BIAS),
-    readers=(
-        Reader("input_layernorm", "attn_norm"),
-        Reader("self_attn.q_proj", "attn_q", rotary_heads="num_attention_heads"),
-        Reader("self_attn.k_proj", "attn_k", rotary_heads="num_key_value_heads"),
-        Reader("self_attn.v_proj", "attn_v"),
-        Reader("post_attention_layernorm", "ffn_norm"),
-        Reader("mlp.gate_proj", "ffn_gate"),
-        Reader("mlp.up_proj", "ffn_up"),
-    ),
     gguf_architecture="llama",
+    branches=(
+        _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS)),
+        _with(_MLP, _slot(_DOWN, _MLP_BIAS)),
+    ),
+    readers=(*_NORMS, *_QKV, *_GATED),
+    rotary=(
+        ("self_attn.q_proj", "num_attention_heads"),
+        ("self_attn.k_proj", "num_key_value_heads"),
+    ),
 )
-# The next two classes hard-code their writers without a bias.
-_MISTRAL = replace(
-    _LLAMA,
-    model_type="mistral",
-    attention=replace(_LLAMA.attention, bias=None),
-    mlp=replace(_LLAMA.mlp, bias=None),
-)
-_QWEN2 = replace(
-    _MISTRAL,
-    model_type="qwen2",
-    readers=tuple(replace(reader, rotary_heads=None) for reader in _MISTRAL.readers),
-    gguf_architecture="qwen2",
-)
+# The next classes hard-code their writers without a bias.
+_MISTRAL = replace(_LLAMA, model_type="mistral", branches=(_ATTENTION, _MLP))
+_PLAIN = replace(_MISTRAL, rotary=())
+_QWEN2 = replace(_PLAIN, model_type="qwen2", gguf_architecture="qwen2")
 # llama.cpp refuses a qwen3 file with attn_output.bias; vLLM and MLX have no slot for it.
 _QWEN3 = replace(
     _QWEN2,
     model_type="qwen3",
-    readers=(
-        *_QWEN2.readers,
-        Reader("self_attn.q_norm", "attn_q_norm"),
-        Reader("self_attn.k_norm", "attn_k_norm"),
-    ),
-    attention=replace(
-        _QWEN2.attention,
-        bias=replace(_ATTENTION_BIAS, runtimes=frozenset({"transformers", "sglang"})),
-    ),
     gguf_architecture="qwen3",
+    branches=(
+        _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "sglang")),
+        _MLP,
+    ),
+    readers=(*_QWEN2.readers, *_QK_NORM),
+)
+# llama.cpp's graph would add both biases, but its loader never creates them (smollm3.cpp).
+_SMOLLM3 = replace(
+    _PLAIN,
+    model_type="smollm3",
+    gguf_architecture="smollm3",
+    branches=(
+        _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "vllm", "mlx")),
+        _with(_MLP, _slot(_DOWN, _MLP_BIAS, "transformers", "vllm", "mlx")),
+    ),
+)
+# transformers models/granite/modeling_granite.py:272, 277; sglang has no biases.
+_RESIDUAL = ("residual_multiplier",)
+_GRANITE = replace(
+    _LLAMA,
+    model_type="granite",
+    embedding_scale=("embedding_multiplier",),
+    gguf_architecture="granite",
+    branches=(
+        replace(
+            _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, *(_EVERYWHERE - {"sglang"}))),
+            scale=_RESIDUAL,
+        ),
+        replace(_LLAMA.branches[1], scale=_RESIDUAL),
+    ),
+)
+_GEMMA = replace(
+    _PLAIN,
+    model_type="gemma",
+    gguf_architecture="gemma",
+    embedding_scale="sqrt(width)",
+    branches=(
+        _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers")),
+        _MLP,
+    ),
+)
+_PHI3 = replace(
+    _PLAIN,
+    model_type="phi3",
+    gguf_architecture="phi3",
+    readers=(*_NORMS, "self_attn.qkv_proj", "mlp.gate_up_proj"),
+)
+_STARCODER2 = replace(
+    _PLAIN,
+    model_type="starcoder2",
+    gguf_architecture="starcoder2",
+    branches=(_ATTENTION, _with(_MLP, Writer("mlp.c_proj"))),
+    readers=(*_NORMS, *_QKV, "mlp.c_fc"),
+)
+_STABLELM = replace(
+    _PLAIN,
+    model_type="stablelm",
+    gguf_architecture="stablelm",
+    readers=(*_PLAIN.readers, "self_attn.q_layernorm", "self_attn.k_layernorm"),
+    parallel="use_parallel_residual",
+)
+# Attention and MLP read the same norm. transformers models/cohere2/modeling_cohere2.py:300-310.
+_COHERE2 = replace(
+    _PLAIN,
+    model_type="cohere2",
+    gguf_architecture="cohere2",
+    branches=(
+        _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "mlx")),
+        _MLP,
+    ),
+    readers=("input_layernorm", *_QKV, *_GATED),
+    parallel=True,
+)
+_COHERE = replace(
+    _COHERE2,
+    model_type="cohere",
+    gguf_architecture="command-r",
+    readers=(*_COHERE2.readers, *_QK_NORM),
+)
+_PHI = replace(
+    _PLAIN,
+    model_type="phi",
+    gguf_architecture="phi2",
+    branches=(
+        _with(_ATTENTION, Writer("self_attn.dense")),
+        _with(_MLP, Writer("mlp.fc2")),
+    ),
+    readers=(
+        *("input_layernorm", *_QKV, "mlp.fc1"),
+        *("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    ),
+    outside=("model.embed_tokens", "model.final_layernorm", "lm_head"),
+    parallel=True,
 )
 
-ARCHS: Mapping[str, Arch] = {row.model_type: row for row in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3)}
+# Post-norms: the stream receives g * y / rms(y). Gemma's gain is 1 + weight
+# (models/gemma2/modeling_gemma2.py, Gemma2RMSNorm).
+_GEMMA2 = replace(
+    _PLAIN,
+    model_type="gemma2",
+    gguf_architecture="gemma2",
+    embedding_scale="sqrt(width)",
+    branches=(
+        replace(_ATTENTION, norm="post_attention_layernorm", norm_offset=1.0),
+        replace(_MLP, norm="post_feedforward_layernorm", norm_offset=1.0),
+    ),
+    readers=("input_layernorm", "pre_feedforward_layernorm", *_QKV, *_GATED),
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    model_type="gemma3_text",
+    gguf_architecture="gemma3",
+    readers=(*_GEMMA2.readers, *_QK_NORM),
+)
+_OLMO2 = replace(
+    _PLAIN,
+    model_type="olmo2",
+    gguf_architecture="olmo2",
+    branches=(
+        replace(_ATTENTION, norm="post_attention_layernorm"),
+        replace(_MLP, norm="post_feedforward_layernorm"),
+    ),
+    readers=(*_QKV, *_QK_NORM, *_GATED),
+)
+_GLM4 = replace(
+    _PLAIN,
+    model_type="glm4",
+    gguf_architecture="glm4",
+    branches=(
+        replace(_ATTENTION, norm="post_self_attn_layernorm"),
+        replace(_MLP, norm="post_mlp_layernorm"),
+    ),
+    readers=(*_NORMS, *_QKV, "mlp.gate_up_proj"),
+)
+
+# Mixtures of experts: one tensor an expert on disk, beside dense layers and shared experts.
+_EXPERTS = Writer("mlp.experts.{expert}.down_proj")
+_EXPERT_READERS = (
+    *("mlp.gate", "mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj"),
+    "mlp.gate.e_score_correction_bias",
+)
+
+
+def _shared(name: str) -> tuple[str, ...]:
+    return (f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj", f"mlp.{name}_gate")
+
+
+_MIXTRAL = replace(
+    _MISTRAL,
+    model_type="mixtral",
+    branches=(
+        _ATTENTION,
+        _with(_MLP, Writer("block_sparse_moe.experts.{expert}.w2")),
+    ),
+    readers=(
+        *(*_NORMS, *_QKV, "block_sparse_moe.gate"),
+        *("block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3"),
+    ),
+)
+_QWEN2_MOE = replace(
+    _PLAIN,
+    model_type="qwen2_moe",
+    gguf_architecture="qwen2moe",
+    branches=(
+        _ATTENTION,
+        replace(_MLP, writers=(_DOWN, _EXPERTS, Writer("mlp.shared_expert.down_proj"))),
+    ),
+    readers=(*_PLAIN.readers, *_EXPERT_READERS, *_shared("shared_expert")),
+)
+_QWEN3_MOE = replace(
+    _QWEN3,
+    model_type="qwen3_moe",
+    gguf_architecture="qwen3moe",
+    branches=(_QWEN3.branches[0], replace(_MLP, writers=(_DOWN, _EXPERTS))),
+    readers=(*_QWEN3.readers, *_EXPERT_READERS),
+)
+_GLM4_MOE = replace(
+    _PLAIN,
+    model_type="glm4_moe",
+    gguf_architecture="glm4moe",
+    branches=(
+        _ATTENTION,
+        replace(_MLP, writers=(_DOWN, _EXPERTS, Writer("mlp.shared_experts.down_proj"))),
+    ),
+    readers=(*_PLAIN.readers, *_QK_NORM, *_EXPERT_READERS, *_shared("shared_experts")),
+)
+# transformers models/deepseek_v2/modeling_deepseek_v2.py: attention_bias acts on q_a, kv_a, o.
+_DEEPSEEK_V2 = replace(
+    _GLM4_MOE,
+    model_type="deepseek_v2",
+    gguf_architecture="deepseek2",
+    readers=(
+        *(*_NORMS, *_GATED, *_EXPERT_READERS, *_shared("shared_experts")),
+        *("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_a_layernorm"),
+        *("self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_a_layernorm"),
+        *("self_attn.kv_b_proj", "self_attn.rotary_emb.inv_freq"),
+    ),
+)
+_DEEPSEEK_V3 = replace(_DEEPSEEK_V2, model_type="deepseek_v3")
+# One tensor for all experts, [experts, d_out, d_in].
+_GRANITEMOE = replace(
+    _GRANITE,
+    model_type="granitemoe",
+    gguf_architecture="granitemoe",
+    branches=(
+        replace(
+            _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "llama.cpp", "ollama")),
+            scale=_RESIDUAL,
+        ),
+        Branch(
+            "mlp",
+            "block_sparse_moe",
+            (Writer("block_sparse_moe.output_linear"),),
+            scale=_RESIDUAL,
+        ),
+    ),
+    readers=(
+        *(*_NORMS, *_QKV),
+        *("block_sparse_moe.input_linear", "block_sparse_moe.router.layer"),
+    ),
+)
+# [experts, d_in, d_out], with biases [experts, d_out]: models/gpt_oss/modeling_gpt_oss.py.
+_GPT_OSS = replace(
+    _PLAIN,
+    model_type="gpt_oss",
+    gguf_architecture="gpt-oss",
+    branches=(
+        _ATTENTION,
+        _with(_MLP, Writer("mlp.experts.down_proj", -1, suffixes=("", "_bias"))),
+    ),
+    readers=(
+        *(*_NORMS, *_QKV, "self_attn.sinks", "mlp.router"),
+        *("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias"),
+    ),
+)
+
+# Blocks of several kinds: a layer has the mixer whose tensors it holds.
+_LINEAR = Branch("attention", "linear_attn", (Writer("linear_attn.out_proj"),))
+_QWEN3_NEXT = replace(
+    _QWEN2_MOE,
+    model_type="qwen3_next",
+    gguf_architecture="qwen3next",
+    branches=(_ATTENTION, _LINEAR, _QWEN2_MOE.branches[1]),
+    readers=(
+        *(*_QWEN2_MOE.readers, *_QK_NORM, "linear_attn.norm", "linear_attn.conv1d"),
+        *("linear_attn.A_log", "linear_attn.dt_bias"),
+        *("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+        *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        *("linear_attn.in_proj_a", "linear_attn.in_proj_b"),
+    ),
+    ignored=r"mtp\.",
+)
+_QWEN3_5_MOE = replace(_QWEN3_NEXT, model_type="qwen3_5_moe_text", gguf_architecture="qwen35moe")
+_QWEN3_5 = replace(
+    _QWEN3_NEXT,
+    model_type="qwen3_5_text",
+    gguf_architecture="qwen35",
+    branches=(_ATTENTION, _LINEAR, _MLP),
+)
+# transformers models/falcon_h1/modeling_falcon_h1.py:836-840, 921, 932. llama.cpp's converter
+# multiplies the weights (conversion/falcon_h1.py); its graph drops attn_output.bias.
+_FALCON_H1 = replace(
+    _PLAIN,
+    model_type="falcon_h1",
+    gguf_architecture="falcon-h1",
+    embedding_scale=("embedding_multiplier",),
+    branches=(
+        replace(
+            _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "mlx")),
+            scale=("attention_out_multiplier",),
+            folded=True,
+        ),
+        Branch(
+            "attention",
+            "mamba",
+            (Writer("mamba.out_proj"),),
+            scale=("ssm_out_multiplier",),
+            folded=True,
+        ),
+        Branch(
+            "mlp",
+            "feed_forward",
+            (
+                Writer(
+                    "feed_forward.down_proj",
+                    bias=BiasSlot(
+                        "mlp_bias",
+                        (
+                            *("feed_forward.gate_proj", "feed_forward.up_proj"),
+                            "feed_forward.down_proj",
+                        ),
+                        frozenset({"transformers", "llama.cpp", "ollama", "mlx"}),
+                    ),
+                ),
+            ),
+            scale=("mlp_multipliers", 1),
+            folded=True,
+        ),
+    ),
+    readers=(
+        *("input_layernorm", "pre_ff_layernorm", *_QKV),
+        *("feed_forward.gate_proj", "feed_forward.up_proj"),
+        *("mamba.A_log", "mamba.D", "mamba.dt_bias", "mamba.conv1d", "mamba.in_proj", "mamba.norm"),
+    ),
+    outside=("model.embed_tokens", "model.final_layernorm", "lm_head"),
+)
+_LFM2 = replace(
+    _PLAIN,
+    model_type="lfm2",
+    gguf_architecture="lfm2",
+    branches=(
+        _with(_ATTENTION, Writer("self_attn.out_proj")),
+        Branch("attention", "conv", (Writer("conv.out_proj"),)),
+        Branch("mlp", "feed_forward", (Writer("feed_forward.w2"),)),
+    ),
+    readers=(
+        *("operator_norm", "ffn_norm", *_QKV),
+        *("self_attn.q_layernorm", "self_attn.k_layernorm", "conv.conv", "conv.in_proj"),
+        *("feed_forward.w1", "feed_forward.w3"),
+    ),
+    outside=("model.embed_tokens", "model.embedding_norm", "lm_head"),
+)
+
+# The elders. Every linear layer has a bias.
+_GPT_NEOX = Arch(
+    model_type="gpt_neox",
+    gguf_architecture="gptneox",
+    branches=(
+        Branch("attention", "attention", (Writer("attention.dense"),)),
+        Branch("mlp", "mlp", (Writer("mlp.dense_4h_to_h"),)),
+    ),
+    readers=(
+        *(*_NORMS, "attention.query_key_value", "mlp.dense_h_to_4h"),
+        *("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    ),
+    layer="gpt_neox.layers.{layer}",
+    embeddings=("gpt_neox.embed_in",),
+    outside=("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
+    unembeddings=("embed_out",),
+    parallel="use_parallel_residual",
+)
+# Conv1D: [d_in, d_out].
+_GPT2 = Arch(
+    model_type="gpt2",
+    gguf_architecture="gpt2",
+    branches=(
+        Branch("attention", "attn", (Writer("attn.c_proj", -1),)),
+        Branch("mlp", "mlp", (Writer("mlp.c_proj", -1),)),
+    ),
+    readers=("ln_1", "ln_2", "attn.c_attn", "mlp.c_fc", "attn.bias", "attn.masked_bias"),
+    layer="transformer.h.{layer}",
+    embeddings=("transformer.wte", "transformer.wpe"),
+    outside=("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"),
+    layers_key="n_layer",
+    width_key="n_embd",
+)
+
+ARCHS: Mapping[str, Arch] = {
+    row.model_type: row
+    for row in (
+        _LLAMA,
+        _MISTRAL,
+        replace(_MISTRAL, model_type="ministral"),
+        _MIXTRAL,
+        _QWEN2,
+        _QWEN2_MOE,
+        _QWEN3,
+        _QWEN3_MOE,
+        _QWEN3_NEXT,
+        _QWEN3_5,
+        _QWEN3_5_MOE,
+        _SMOLLM3,
+        _GEMMA,
+        _GEMMA2,
+        _GEMMA3,
+        _PHI,
+        _PHI3,
+        _GPT_OSS,
+        _GLM4,
+        _GLM4_MOE,
+        _DEEPSEEK_V2,
+        _DEEPSEEK_V3,
+        _OLMO2,
+        replace(_OLMO2, model_type="olmo3"),
+        _GRANITE,
+        _GRANITEMOE,
+        _COHERE,
+        _COHERE2,
+        _STABLELM,
+        _STARCODER2,
+        _GPT_NEOX,
+        _GPT2,
+        _FALCON_H1,
+        _LFM2,
+    )
+}
+# Streams that are not a plain sum, or that have writers which no row describes.
+REFUSED: Mapping[str, str] = {
+    "gemma4_text": "its blocks also write per-layer inputs and scale the whole stream "
+    "(models/gemma4/modeling_gemma4.py:1391-1424)",
+    "deepseek_v4": "its blocks mix several streams (hyper-connections)",
+    "qwen4_exp_text": "its blocks mix several streams (hyper-connections)",
+}
 
 
 def find_arch(config: Mapping[str, object], where: str) -> Arch:
@@ -214,16 +480,11 @@ def find_arch(config: Mapping[str, object], where: str) -> Arch:
     Raises ArchitectureError when its `model_type` is outside the table.
     """
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise ArchitectureError(f"{where}: model_type '{model_type}': {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in ARCHS:
         raise ArchitectureError(
             f"{where}: model_type {model_type!r} is not in bake's table; "
             f"it has {', '.join(sorted(ARCHS))}"
         )
     return ARCHS[model_type]
-
-
-def _positive(config: Mapping[str, object], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ArchitectureError(f"config.json: {key} must be a positive integer, found {value!r}")
-    return value

@@ -6,7 +6,7 @@ knows the invariant that it promises, so that what was written can be measured.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -68,16 +68,20 @@ class CreatedTensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What one entry of a recipe's `edits` changes: tensors, new tensors, config keys."""
+    """What one entry of a recipe's `edits` changes: tensors, new tensors, config keys.
+
+    `notes` say what the plan chose, and why.
+    """
 
     edits: tuple[PlannedEdit, ...]
     created: tuple[CreatedTensor, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class AddVector:
-    """Add a vector to a bias of shape [d_out].
+    """Add a vector [d] to a bias [d], or to every row of [experts, d] or [vocabulary, d].
 
     The residual is the relative error of the written difference.
     """
@@ -89,7 +93,7 @@ class AddVector:
         return weight + self.vector
 
     def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
-        return _relative(after - before, self.vector)
+        return _relative(after - before, self.vector.expand_as(before))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,20 +118,20 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class RemoveSubspace:
-    """Take a subspace out of what a matrix writes: W' = W - λ R Rᵀ W, W [out, in], R [out, k].
+    """Take a subspace out of what a tensor writes: W' = W - λ R Rᵀ W, W [.., out, in], R [out, k].
 
-    R has orthonormal columns. With `axis` 1 the written side is the second axis
-    (embeddings [vocabulary, d], GPT-2's Conv1D): W' = W - λ W R Rᵀ. The residual
+    R has orthonormal columns. With `axis` -1 the written side is the last axis (biases
+    [out], embeddings [vocabulary, d], GPT-2's Conv1D): W' = W - λ W R Rᵀ. The residual
     is |Rᵀ W' - (1 - λ) Rᵀ W| / |Rᵀ W| (Arditi et al. 2024, arXiv:2406.11717, eq. 5).
     """
 
     tensor: str
     basis: Tensor
     strength: float = 1.0
-    axis: int = 0
+    axis: Literal[-2, -1] = -2
 
     def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
-        if self.axis == 0:
+        if self.axis == -2:
             return weight - self.strength * (self.basis @ (self.basis.T @ weight))
         return weight - self.strength * ((weight @ self.basis) @ self.basis.T)
 
@@ -136,7 +140,7 @@ class RemoveSubspace:
         return float((written - (1 - self.strength) * kept).norm() / kept.norm().clamp_min(1e-30))
 
     def _component(self, weight: Tensor) -> Tensor:
-        return self.basis.T @ weight if self.axis == 0 else weight @ self.basis
+        return self.basis.T @ weight if self.axis == -2 else weight @ self.basis
 
 
 def apply_all(edits: Iterable[Edit], weight: Tensor) -> Tensor:

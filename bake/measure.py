@@ -94,7 +94,7 @@ def measure(
                 llamas[name] = stack.enter_context(llama)
         compared = _compared(model, interventions, _in_turn(prompts, recipe.verify.prompts))
         parity = _parity(model, interventions, artefacts, llamas, compared)
-        _check(recipe, parity)
+        _check(recipe, interventions, parity)
         before, after = _behaviour(recipe, model, interventions, artefacts, llamas, prompts, judge)
     return Measured(before, after, parity)
 
@@ -210,7 +210,9 @@ def _control_vector(
     equal to the last bit; where a rounding of an 8-bit activation flips they are not.
     """
     adds = [
-        one for one in interventions if isinstance(one, Add) and one.site == "out" and one.layer
+        one
+        for one in interventions
+        if isinstance(one, Add) and (one.carried.carrier, one.site) == ("bias", "out") and one.layer
     ]
     if len(adds) != len(interventions):
         return
@@ -227,9 +229,13 @@ def _control_vector(
         total.add(plain, steered_logits, torch.from_numpy(baked.logits(ids)))
 
 
-def _check(recipe: Recipe, found: Mapping[str, Divergence]) -> None:
+def _check(
+    recipe: Recipe, interventions: Sequence[Intervention], found: Mapping[str, Divergence]
+) -> None:
+    ridge = any(isinstance(one, Add) and one.readout is not None for one in interventions)
     for runtime, parity in found.items():
-        key = "lost_share" if runtime == "transformers" else "gguf_lost_share"
+        exact = runtime == "transformers"
+        key = ("ridge_lost_share" if ridge else "lost_share") if exact else "gguf_lost_share"
         limit = getattr(recipe.verify, key)
         if not parity.lost_share <= limit:
             raise VerificationError(

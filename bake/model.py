@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bake.archs import Arch, Site
+from bake.arch import Arch
 from bake.errors import CheckpointError
 
 __all__ = ["Batch", "LiveModel", "batches"]
@@ -81,18 +81,7 @@ class LiveModel:
 
     def block(self, layer: int) -> nn.Module:
         """The decoder block of a layer."""
-        return self._module(self.arch.layer.format(layer=layer))
-
-    def writer(self, layer: int, site: Site) -> nn.Module:
-        """The module that writes to the residual stream at a site of a layer."""
-        return self._module(self.arch.module_name(layer, self.arch.writer(site)))
-
-    def embedding(self) -> nn.Module:
-        """The token embedding."""
-        return self._module(self.arch.embedding)
-
-    def _module(self, name: str) -> nn.Module:
-        found: nn.Module = self.model.get_submodule(name)
+        found: nn.Module = self.model.get_submodule(self.arch.layer.format(layer=layer))
         return found
 
     def logits(self, batch: Batch) -> Tensor:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType
-from torch import Tensor
 
-from bake.archs import Arch, find_arch
+from bake.arch import Arch
+from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.edits import Edit, apply_all
 from bake.errors import GuardError, VerificationError
 from bake.export.gguf import PatchedTensor, compare, patch
-from bake.export.layout import gguf_edit
+from bake.export.layout import gguf_edits
 from bake.fit.run import Fitted, fit
 from bake.gguf_file import GGUFFile
 from bake.judge import Judge
@@ -121,10 +121,10 @@ class _Written:
 def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     limit = ready.recipe.fit.prompts_per_class
     prompts = ready.part("fit", limit)
-    texts = ready.texts.fit[:limit]
-    total = 2 * sum(len(chosen) for chosen in prompts.values()) + len(texts)
+    count = len(ready.texts.fit[:limit])
+    total = 2 * sum(len(chosen) for chosen in prompts.values()) + count
     with progress("fit", total) as update:
-        return fit(model, ready.plan, ready.recipe, prompts, texts, judge, update)
+        return fit(model, ready.base, ready.plan, ready.recipe, prompts, ready.texts, judge, update)
 
 
 def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
@@ -155,16 +155,12 @@ def _patch(
     ready: Prepared, base: GGUFFile, edits: Mapping[str, Sequence[Edit]], output: Path
 ) -> tuple[PatchedTensor, ...]:
     assert ready.recipe.export.gguf is not None
-    moved: dict[str, list[Edit]] = {}
-    created: dict[str, Tensor] = {}
-    for name, found in edits.items():
-        there = [gguf_edit(edit, ready.arch, ready.base.config) for edit in found]
-        if there[0].tensor in base.tensors:
-            moved[there[0].tensor] = there
-        else:
-            # llama.cpp takes a bias in one layer alone, so no zero siblings are needed.
-            width = next(one.shape for one in ready.plan.edits if one.tensor == name)
-            created[there[0].tensor] = apply_all(there, torch.zeros(width))
+    moved = gguf_edits(edits, ready.arch, ready.base.config)
+    # llama.cpp takes a bias in one layer alone, so no zero siblings are needed.
+    created = {
+        name: apply_all(moved.pop(name), torch.zeros(ready.plan.width))
+        for name in [name for name in moved if name not in base.tensors]
+    }
     kind = GGMLQuantizationType[ready.recipe.export.gguf.edited_type.upper()]
     size = sum(tensor.nbytes for tensor in base.tensors.values())
     with progress("gguf", size) as update:
@@ -213,6 +209,7 @@ def _record(
             "classes": {role: asdict(one) for role, one in fitted.classes.items()},
             "gaps": {str(layer): gap for layer, gap in fitted.gaps.items()},
             "openings": fitted.openings,
+            "constants": {name: asdict(one) for name, one in fitted.constants.items()},
         },
         "residuals": dict(written.residuals),
         "gguf": [

@@ -7,7 +7,7 @@ come from the fit.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from bake.archs import Arch
+from bake.arch import Arch
 from bake.checkpoint import EDITABLE, Checkpoint
 from bake.edits import CreatedTensor, PlannedEdit, Step
 from bake.errors import CheckpointError, GGUFError
@@ -51,6 +51,7 @@ class Plan:
             "edits": [asdict(edit) for edit in self.edits],
             "created": [asdict(tensor) for tensor in self.created],
             "config": dict(self.config),
+            "notes": [note for step in self.steps for note in step.notes],
         }
 
     def table(self) -> str:
@@ -67,6 +68,7 @@ class Plan:
         if self.created:
             lines.append(f"created: {len(self.created)} tensors of zeros beside the edited biases")
         lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
+        lines += [note for step in self.steps for note in step.notes]
         return "\n".join(lines)
 
 
@@ -77,7 +79,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
     carriers that the architecture lacks, CheckpointError for types that cannot be
     edited.
     """
-    arch.check_tensors(base.tensors)
+    arch.check_tensors(base.tensors, base.config)
     steps = tuple(
         OPERATORS[spec.op].plan(spec, base, arch, f"edits.{number}", recipe.runtimes)
         for number, spec in enumerate(recipe.edits)
@@ -116,7 +118,10 @@ def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None
             shape = base.find(edit.tensor.removesuffix("bias") + "weight").shape
         if name not in gguf.tensors:
             raise GGUFError(f"{gguf.path}: no tensor named {name}; give a GGUF of the same model")
-        if gguf.tensors[name].shape != shape:
+        if arch.is_transposed(edit.tensor):
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        # Experts are stacked, so there may be an axis in front.
+        if gguf.tensors[name].shape[-len(shape) :] != shape:
             raise GGUFError(
                 f"{gguf.path}: {name} has shape {gguf.tensors[name].shape}, the checkpoint's "
                 f"tensor {shape}; give a GGUF of the same model"

@@ -164,13 +164,23 @@ class Add(_Section):
 
     op: Literal["add"] = Field(description="The operator.")
     layer: Layer = Field(description="The block, counted from 0.")
-    site: Literal["out", "mid"] = Field(
-        default="out", description="After the whole block, or after its attention."
+    site: Literal["in", "mid", "out"] = Field(
+        default="out", description="Before the block, after its attention, or after all of it."
     )
     strength: Strength = Field(description="How far, in class gaps; negative is away from refusal.")
-    carrier: Literal["auto", "bias"] = Field(
+    carrier: Literal["auto", "bias", "ridge", "embedding"] = Field(
         default="auto",
         description="What in the weights holds the vector; the plan chooses under `auto`.",
+    )
+    ridge: Ridge = Field(
+        default=1e-4,
+        description="The ridge of the constant that a ridge carrier reads, in units of "
+        "tr(Gram matrix) / width.",
+    )
+    constant_error: float = Field(
+        default=0.2,
+        gt=0,
+        description="How far that constant may be from 1 on held-out text (root mean square).",
     )
 
 
@@ -255,6 +265,12 @@ class Verification(_Section):
         le=1,
         description="The largest allowed KL(hooked || baked) / KL(hooked || base); in bfloat16 "
         "rounding alone makes about 1e-4.",
+    )
+    ridge_lost_share: float = Field(
+        default=0.03,
+        gt=0,
+        le=1,
+        description="The same where a ridge carrier, which is not exact, holds an added vector.",
     )
     gguf_lost_share: float = Field(
         default=0.2,

@@ -1,23 +1,25 @@
 """The behavioural test of the architecture table: every row, every operator, through the disk."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bake.archs import ARCHS, Arch, Reader, find_arch
+from bake.arch import Arch, Branch
+from bake.archs import ARCHS, REFUSED, find_arch
 from bake.checkpoint import Checkpoint
 from bake.edits import Edit
-from bake.errors import ArchitectureError, CheckpointError, VerificationError
-from bake.hooks import Intervention, steered
+from bake.errors import ArchitectureError, BakeError, CheckpointError, VerificationError
+from bake.hooks import Intervention, on_output, steered
 from bake.model import Batch, LiveModel
-from bake.ops.ablate import Ablate, orthonormal
-from bake.ops.add import Add
-from bake.ops.gate import Gate
+from bake.ops import OPERATORS, Measured
+from bake.ops.ablate import Ablate, cuts, orthonormal
 from bake.plan import make_plan
 from bake.recipe import Recipe
 from bake.stream import write_checkpoint
@@ -26,26 +28,44 @@ from tests.tiny import TINY, write_tiny
 
 IDS = torch.tensor([[1, 7, 30, 11, 52, 90, 4, 2], [1, 8, 31, 12, 53, 91, 5, 2]])
 BATCH = Batch(IDS, torch.ones_like(IDS), (0, 1))
+SITES = ("attention", "mlp")
 
 
-def recipe_of(*edits: dict[str, object], runtimes: Sequence[str] = ("transformers",)) -> Recipe:
+def recipe_of(*edits: Mapping[str, object], runtimes: Sequence[str] = ("transformers",)) -> Recipe:
     values = {"name": "test", "edits": list(edits), "runtimes": list(runtimes)}
     return Recipe.model_validate(values | {"evaluate": {"runtimes": ["transformers"]}})
 
 
-def baked(
-    folder: Path,
-    arch: Arch,
-    interventions: list[Intervention],
-    edits: list[dict[str, object]],
-    output: Path,
-) -> LiveModel:
-    """Bake the interventions of a recipe's `edits` and load the result with stock classes."""
-    base = Checkpoint.open(folder)
-    recipe = recipe_of(*edits)
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def measured(base: Checkpoint) -> Measured:
+    """A fit that found a direction at every layer and a probe at every writer."""
+
+    @cache
+    def probe(module: str, ridge: float) -> Tensor:
+        shape = base.find(f"{module}.weight").shape
+        return drawn(len(module) + sum(map(ord, module)), shape[1])
+
+    return Measured({layer: drawn(layer, 32) for layer in range(8)}, probe, base)
+
+
+def interventions(base: Checkpoint, arch: Arch, recipe: Recipe) -> list[Intervention]:
+    """What the recipe's operators plan for the checkpoint, and then build."""
+    plan = make_plan(recipe, base, arch)
+    return [
+        one
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        for one in OPERATORS[spec.op].build(spec, step, measured(base), arch)
+    ]
+
+
+def baked(base: Checkpoint, arch: Arch, recipe: Recipe, output: Path) -> LiveModel:
+    """Bake the recipe and load the result with stock classes."""
     plan = make_plan(recipe, base, arch)
     made: dict[str, list[Edit]] = {}
-    for one in interventions:
+    for one in interventions(base, arch, recipe):
         for edit in one.edits():
             made.setdefault(edit.tensor, []).append(edit)
     assert set(made) == {edit.tensor for edit in plan.edits}
@@ -58,18 +78,36 @@ def baked(
 def effect_lost(base: Tensor, hooked: Tensor, after: Tensor) -> float:
     """max |Δ logit| of baked against hooked, as a share of the steering's own effect."""
     effect = float((hooked - base).abs().max())
-    assert effect > 0.1
+    assert effect > 0.05
     return float((after - hooked).abs().max()) / effect
 
 
-def everywhere(arch: Arch, basis: Tensor, embeddings: bool = True) -> Ablate:
-    names = [
-        arch.module_name(layer, writer)
-        for layer in range(3)
-        for writer in (arch.attention, arch.mlp)
-    ]
-    modules = tuple((name, False) for name in dict.fromkeys(names))
-    return Ablate(basis, modules, embedding=arch.embedding if embeddings else None)
+def stream(model: LiveModel, layers: int) -> list[Tensor]:
+    """The residual stream behind the embeddings and behind every block."""
+    seen: list[Tensor] = []
+
+    def keep(output: Tensor, _: object) -> Tensor:
+        seen.append(output.clone())
+        return output
+
+    handles = [on_output(model.block(layer), keep) for layer in range(layers)]
+    try:
+        model.logits(BATCH)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def left_in_stream(model: LiveModel, basis: Tensor, layers: int) -> float:
+    """max |Rᵀh| / |h| over layers and positions."""
+    return max(
+        float(((h @ basis).norm(dim=-1) / h.norm(dim=-1)).max()) for h in stream(model, layers)
+    )
+
+
+def everywhere(layers: int) -> Mapping[str, object]:
+    return {"op": "ablate", "layers": list(range(layers)), "embeddings": True}
 
 
 def test_the_table_and_the_tiny_models_are_the_same_rows() -> None:
@@ -77,86 +115,193 @@ def test_the_table_and_the_tiny_models_are_the_same_rows() -> None:
 
 
 def test_ablated_everywhere_leaves_nothing_in_the_stream(tiny: Path, tmp_path: Path) -> None:
-    arch = find_arch(Checkpoint.open(tiny).config, "config.json")
-    basis = orthonormal(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)))
-    ablation = everywhere(arch, basis)
-    spec: dict[str, object] = {"op": "ablate", "layers": [0, 1, 2], "embeddings": True}
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    layers = arch.layer_count(base.config)
+    recipe = recipe_of(everywhere(layers))
+    direction = orthonormal(measured(base).directions[layers // 2][None])
     model = LiveModel.load(tiny, arch)
+    before = model.logits(BATCH)
+    assert left_in_stream(model, direction, layers) > 1e-2
+    with steered(model, interventions(base, arch, recipe)):
+        hooked = model.logits(BATCH)
+    after = baked(base, arch, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+    assert left_in_stream(after, direction, layers) < 1e-6
+
+
+def test_a_basis_of_three_directions_at_half_strength(tiny: Path, tmp_path: Path) -> None:
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    names = [
+        name
+        for layer in (0, 1)
+        for one in arch.written(base.tensors)[layer]
+        for name in (one.weight, one.bias)
+        if name
+    ]
+    basis = orthonormal(drawn(9, 3, 32))
+    ablation = Ablate(cuts(basis, names, measured(base), arch, embeddings=False), 0.5)
+    made = {edit.tensor: [edit] for edit in ablation.edits()}
+    output = tmp_path / "out"
+    output.mkdir()
+    write_checkpoint(base, made, (), {}, output)
+    check_files(base, Checkpoint.open(output), made, set())
+    model = LiveModel.load(tiny, arch)
+    before = model.logits(BATCH)
     with steered(model, [ablation]):
         hooked = model.logits(BATCH)
-    after = baked(tiny, arch, [ablation], [spec], tmp_path / "out")
-    assert effect_lost(model.logits(BATCH), hooked, after.logits(BATCH)) < 1e-4
-    assert left_in_stream(after, basis) < 1e-6
+    after = LiveModel.load(output, arch).logits(BATCH)
+    assert effect_lost(before, hooked, after) < 1e-4
 
 
-def left_in_stream(model: LiveModel, basis: Tensor) -> float:
-    """max |Rᵀh| / |h| over layers and positions."""
-    with torch.inference_mode():
-        states = model.model(IDS, output_hidden_states=True).hidden_states
-    # The last entry is behind the final norm, whose gain mixes the coordinates.
-    return max(float(((h @ basis).norm(dim=-1) / h.norm(dim=-1)).max()) for h in states[:-1])
+def mutations(arch: Arch, base: Checkpoint) -> Iterator[Arch]:
+    """The row with one field of a branch wrong that the checkpoint has."""
+    written = [one for found in arch.written(base.tensors).values() for one in found]
+
+    def swapped(branch: Branch, wrong: Branch) -> Arch:
+        return replace(
+            arch, branches=tuple(wrong if one == branch else one for one in arch.branches)
+        )
+
+    for branch in dict.fromkeys(one.branch for one in written):
+        for writer in dict.fromkeys(one.writer for one in written if one.branch == branch):
+            others = tuple(one for one in branch.writers if one != writer)
+            dropped = swapped(branch, replace(branch, writers=others))
+            yield replace(dropped, readers=(*arch.readers, writer.module + writer.suffixes[0]))
+            turned = replace(writer, axis=-1 if writer.axis == -2 else -2)
+            yield swapped(branch, replace(branch, writers=(*others, turned)))
+        if branch.norm:
+            unnormed = swapped(branch, replace(branch, norm=None))
+            yield replace(unnormed, readers=(*arch.readers, branch.norm))
+            yield swapped(branch, replace(branch, norm_offset=1.0 - branch.norm_offset))
+    for embedding in arch.embeddings:
+        yield replace(arch, embeddings=tuple(one for one in arch.embeddings if one != embedding))
 
 
-@pytest.mark.parametrize("field", ["attention", "mlp"])
-def test_a_row_that_misses_a_writer_fails(tiny: Path, tmp_path: Path, field: str) -> None:
-    """A writer named wrongly leaves the direction in the stream, so the test above would fail."""
-    arch = find_arch(Checkpoint.open(tiny).config, "config.json")
-    missed, other = (
-        (arch.attention, arch.mlp) if field == "attention" else (arch.mlp, arch.attention)
-    )
-    wrong = replace(arch, readers=(*arch.readers, Reader(missed.module, missed.gguf)))
-    wrong = replace(wrong, attention=other, mlp=other)
-    basis = orthonormal(torch.randn(1, 32, generator=torch.Generator().manual_seed(1)))
-    spec: dict[str, object] = {"op": "ablate", "layers": [0, 1, 2], "embeddings": True}
-    after = baked(tiny, wrong, [everywhere(wrong, basis)], [spec], tmp_path / "out")
-    assert left_in_stream(after, basis) > 1e-3
+def test_a_row_with_a_wrong_field_fails(tiny: Path, tmp_path: Path) -> None:
+    """With any field wrong, the direction stays in the stream or the bake is refused."""
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    layers = arch.layer_count(base.config)
+    direction = orthonormal(measured(base).directions[layers // 2][None])
+    for number, wrong in enumerate(mutations(arch, base)):
+        try:
+            after = baked(base, wrong, recipe_of(everywhere(layers)), tmp_path / str(number))
+        except (BakeError, RuntimeError):
+            continue
+        assert left_in_stream(after, direction, layers) > 1e-4, wrong
 
 
-@pytest.mark.parametrize("site", ["attention", "mlp"])
+@pytest.mark.parametrize("site", SITES)
 def test_a_gate_in_the_weights_is_the_hooked_gate(tiny: Path, tmp_path: Path, site: str) -> None:
-    arch = find_arch(Checkpoint.open(tiny).config, "config.json")
-    generator = torch.Generator().manual_seed(2)
-    writer = arch.writer("attention" if site == "attention" else "mlp")
-    gate = Gate(
-        arch.module_name(1, writer),
-        torch.randn(32, generator=generator),
-        torch.randn(32, generator=generator),
-    )
-    spec: dict[str, object] = {"op": "gate", "layers": [1], "sites": [site], "strength": 1.0}
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    recipe = recipe_of({"op": "gate", "layers": [1], "sites": [site], "strength": 4.0})
+    written = [one for one in arch.written(base.tensors)[1] if one.branch.site == site]
+    if any(one.branch.norm or "expert" in one.weight for one in written) or (
+        arch.model_type == "granitemoe" and site == "mlp"
+    ):
+        with pytest.raises(ArchitectureError, match=r"edits\.0\.sites: .*; use sites|a gate there"):
+            make_plan(recipe, base, arch)
+        return
     model = LiveModel.load(tiny, arch)
-    with steered(model, [gate]):
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
         hooked = model.logits(BATCH)
-    after = baked(tiny, arch, [gate], [spec], tmp_path / "out")
-    assert effect_lost(model.logits(BATCH), hooked, after.logits(BATCH)) < 1e-4
+    after = baked(base, arch, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+
+
+# Where `add` has an exact bias, with what the stock class offers.
+BIASED = {
+    "out": {
+        *("llama", "smollm3", "granite", "falcon_h1", "gpt_oss", "starcoder2", "gpt_neox"),
+        *("gpt2", "phi", "cohere", "cohere2"),
+    },
+    "mid": {
+        *("llama", "smollm3", "granite", "granitemoe", "falcon_h1", "gpt_oss", "starcoder2"),
+        *("gpt2", "gemma", "qwen3", "qwen3_moe"),
+    },
+}
 
 
 @pytest.mark.parametrize("site", ["out", "mid"])
 def test_an_added_vector_is_an_exact_bias_or_refused(tiny: Path, tmp_path: Path, site: str) -> None:
-    arch = find_arch(Checkpoint.open(tiny).config, "config.json")
-    writer = arch.mlp if site == "out" else arch.attention
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(3))
-    add = Add(1, "out" if site == "out" else "mid", vector, f"{arch.module_name(1, writer)}.bias")
-    spec: dict[str, object] = {"op": "add", "layer": 1, "site": site, "strength": 1.0}
-    if writer.bias is None:
-        with pytest.raises(ArchitectureError, match="no bias slot"):
-            baked(tiny, arch, [add], [spec], tmp_path / "out")
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    spec = {"op": "add", "layer": 1, "site": site, "strength": 2.0, "carrier": "bias"}
+    recipe = recipe_of(spec)
+    if arch.model_type not in BIASED[site]:
+        with pytest.raises(ArchitectureError, match="the bias carrier cannot serve"):
+            make_plan(recipe, base, arch)
         return
     model = LiveModel.load(tiny, arch)
-    with steered(model, [add]):
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
         hooked = model.logits(BATCH)
-    after = baked(tiny, arch, [add], [spec], tmp_path / "out")
-    assert effect_lost(model.logits(BATCH), hooked, after.logits(BATCH)) < 1e-4
+    after = baked(base, arch, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+
+
+def test_a_vector_on_the_embedding_steers_the_input_of_block_0(tiny: Path, tmp_path: Path) -> None:
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    recipe = recipe_of({"op": "add", "layer": 0, "site": "in", "strength": 2.0})
+    model = LiveModel.load(tiny, arch)
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
+        hooked = model.logits(BATCH)
+    after = baked(base, arch, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+
+
+def test_auto_takes_the_most_exact_carrier_that_all_runtimes_serve(tmp_path: Path) -> None:
+    def chosen(model_type: str, runtime: str, **spec: object) -> tuple[str, str]:
+        folder = tmp_path / model_type
+        if not folder.exists():
+            write_tiny(model_type, folder)
+        recipe = recipe_of({"op": "add", "layer": 1, "strength": 1.0} | spec, runtimes=[runtime])
+        step = make_plan(recipe, Checkpoint.open(folder), ARCHS[model_type]).steps[0]
+        return step.edits[0].carrier, step.notes[0]
+
+    assert chosen("llama", "vllm") == ("bias", "edits.0: bias carrier (exact)")
+    carrier, note = chosen("llama", "sglang")
+    assert (carrier, "sglang would drop a bias of mlp.down_proj" in note) == ("ridge", True)
+    assert chosen("qwen3", "transformers")[0] == "ridge"
+    assert chosen("qwen3", "transformers", site="mid")[0] == "bias"
+    assert chosen("llama", "sglang", layer=0, site="in")[0] == "embedding"
+    assert chosen("gpt2", "mlx", site="in")[0] == "bias"
+    for model_type in ("gemma2", "mixtral"):
+        with pytest.raises(ArchitectureError, match="the bias carrier .* the ridge carrier cannot"):
+            chosen(model_type, "transformers")
+    with pytest.raises(ArchitectureError, match="the embedding carrier cannot serve site: out"):
+        chosen("llama", "vllm", carrier="embedding")
+
+
+def test_a_multiplier_that_a_row_forgets_is_found(tmp_path: Path) -> None:
+    """Granite multiplies its branches, so the bias must hold more than the vector."""
+    folder = tmp_path / "granite"
+    write_tiny("granite", folder)
+    base, arch = Checkpoint.open(folder), ARCHS["granite"]
+    wrong = replace(arch, branches=tuple(replace(one, scale=()) for one in arch.branches))
+    recipe = recipe_of({"op": "add", "layer": 1, "strength": 2.0})
+    model = LiveModel.load(folder, arch)
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
+        hooked = model.logits(BATCH)
+    after = baked(base, wrong, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) > 1e-2
 
 
 def test_a_slot_that_the_class_does_not_have_fails(tmp_path: Path) -> None:
     """Qwen 2 hard-codes down_proj without a bias: a row that says otherwise is caught."""
     folder = tmp_path / "qwen2"
     write_tiny("qwen2", folder)
-    wrong = replace(ARCHS["qwen2"], mlp=ARCHS["llama"].mlp)
-    add = Add(1, "out", torch.ones(32), "model.layers.1.mlp.down_proj.bias")
-    spec: dict[str, object] = {"op": "add", "layer": 1, "strength": 1.0}
+    wrong = replace(ARCHS["qwen2"], branches=ARCHS["llama"].branches)
+    recipe = recipe_of({"op": "add", "layer": 1, "strength": 1.0, "carrier": "bias"})
     with pytest.raises(CheckpointError, match="unexpected keys"):
-        baked(folder, wrong, [add], [spec], tmp_path / "out")
+        baked(Checkpoint.open(folder), wrong, recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -167,23 +312,33 @@ def test_a_bias_that_a_runtime_would_drop_is_refused(
     tmp_path: Path, model_type: str, site: str, runtime: str
 ) -> None:
     write_tiny(model_type, tmp_path)
-    spec: dict[str, object] = {"op": "add", "layer": 1, "site": site, "strength": 1.0}
+    spec = {"op": "add", "layer": 1, "site": site, "strength": 1.0, "carrier": "bias"}
     base, arch = Checkpoint.open(tmp_path), ARCHS[model_type]
     make_plan(recipe_of(spec), base, arch)
     with pytest.raises(ArchitectureError, match=f"{runtime} would drop a bias"):
         make_plan(recipe_of(spec, runtimes=("transformers", runtime)), base, arch)
 
 
-def test_an_existing_bias_is_ablated_and_added_to(tmp_path: Path) -> None:
-    folder = tmp_path / "biased"
-    write_tiny("llama", folder, attention_bias=True, mlp_bias=True)
-    arch = ARCHS["llama"]
-    basis = orthonormal(torch.randn(1, 32, generator=torch.Generator().manual_seed(4)))
-    modules = tuple((name, True) for name, _ in everywhere(arch, basis).modules)
-    ablation = Ablate(basis, modules, embedding=arch.embedding)
-    spec: dict[str, object] = {"op": "ablate", "layers": [0, 1, 2], "embeddings": True}
-    after = baked(folder, arch, [ablation], [spec], tmp_path / "out")
-    assert left_in_stream(after, basis) < 1e-6
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("falcon_h1", {"attention_bias": True, "mlp_bias": True, "projectors_bias": True}),
+        ("deepseek_v2", {"attention_bias": True}),
+        ("stablelm", {"use_parallel_residual": True}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_existing_biases_and_other_variants_of_a_row(
+    tmp_path: Path, model_type: str, changes: dict[str, object]
+) -> None:
+    folder = tmp_path / "base"
+    write_tiny(model_type, folder, **changes)
+    base, arch = Checkpoint.open(folder), ARCHS[model_type]
+    layers = arch.layer_count(base.config)
+    after = baked(base, arch, recipe_of(everywhere(layers)), tmp_path / "out")
+    direction = orthonormal(measured(base).directions[layers // 2][None])
+    assert left_in_stream(after, direction, layers) < 1e-6
 
 
 def test_a_tied_embedding_is_not_ablated(tmp_path: Path) -> None:
@@ -194,13 +349,51 @@ def test_a_tied_embedding_is_not_ablated(tmp_path: Path) -> None:
         make_plan(recipe, Checkpoint.open(folder), ARCHS["llama"])
 
 
+def test_tensors_that_stock_classes_ignore_are_copied(tmp_path: Path) -> None:
+    """The multi-token prediction heads of Qwen 3.5, and a 62nd layer as DeepSeek V3 has."""
+    for model_type, extra in (
+        ("qwen3_5_text", "mtp.layers.0.mlp.down_proj.weight"),
+        ("qwen3_5_text", "mtp.fc.weight"),
+        ("deepseek_v3", "model.layers.61.eh_proj.weight"),
+    ):
+        folder = tmp_path / f"{model_type}-{extra}"
+        write_tiny(model_type, folder)
+        file = folder / "model.safetensors"
+        save_file(load_file(file) | {extra: drawn(1, 4, 4)}, file, {"format": "pt"})
+        base, arch = Checkpoint.open(folder), ARCHS[model_type]
+        recipe = recipe_of({"op": "ablate", "layers": [0, 1]})
+        baked(base, arch, recipe, folder / "out")
+        assert torch.equal(Checkpoint.open(folder / "out").read(extra), drawn(1, 4, 4))
+
+
 def test_an_unknown_tensor_or_model_type_stops(tiny_llama: Path) -> None:
-    names = [*Checkpoint.open(tiny_llama).tensors, "model.layers.0.mlp.second_down_proj.weight"]
-    with pytest.raises(ArchitectureError, match="second_down_proj"):
-        ARCHS["llama"].check_tensors(names)
+    base = Checkpoint.open(tiny_llama)
+    for name in ("model.layers.0.mlp.second_down_proj.weight", "model.layers.0.mlp.extra"):
+        with pytest.raises(ArchitectureError, match=name):
+            ARCHS["llama"].check_tensors([*base.tensors, name], base.config)
+    without = [name for name in base.tensors if name != "model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(ArchitectureError, match=r"model\.layers\.1: no tensor writes its mlp"):
+        ARCHS["llama"].check_tensors(without, base.config)
     config = json.loads((tiny_llama / "config.json").read_text()) | {"model_type": "mamba9"}
     with pytest.raises(ArchitectureError, match="'mamba9' is not in bake's table"):
         find_arch(config, "config.json")
+    for refused in REFUSED:
+        with pytest.raises(ArchitectureError, match=refused):
+            find_arch({"model_type": refused}, "config.json")
+
+
+def test_gguf_knows_every_writer(tiny: Path) -> None:
+    """gguf's own table of names has each row's writers, at the layer that they are in."""
+    base = Checkpoint.open(tiny)
+    arch = find_arch(base.config, "config.json")
+    for layer, written in arch.written(base.tensors).items():
+        for one in written:
+            assert arch.gguf_name(one.weight).startswith(f"blk.{layer}.")
+            assert arch.gguf_name(one.weight).endswith(".weight")
+            if one.bias:
+                bias = arch.gguf_name(one.bias)
+                assert bias == arch.gguf_name(one.weight).removesuffix("weight") + "bias"
+    assert arch.gguf_name(f"{arch.embeddings[0]}.weight") == "token_embd.weight"
 
 
 def test_a_changed_byte_is_found(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Laws of the edits."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,13 +18,15 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@given(SEEDS, st.integers(1, 3), st.sampled_from([0, 1]))
-def test_a_projection_is_idempotent_and_leaves_nothing(seed: int, rank: int, axis: int) -> None:
+@given(SEEDS, st.integers(1, 3), st.sampled_from([-2, -1]))
+def test_a_projection_is_idempotent_and_leaves_nothing(
+    seed: int, rank: int, axis: Literal[-2, -1]
+) -> None:
     # Square, so that an axis guessed from the shape would be right by chance only.
     weight = drawn(seed, 8, 8)
     edit = RemoveSubspace("w", orthonormal(drawn(seed + 1, rank, 8)), axis=axis)
     once = edit.apply(weight)
-    left = edit.basis.T @ once if axis == 0 else once @ edit.basis
+    left = edit.basis.T @ once if axis == -2 else once @ edit.basis
     assert float(left.abs().max()) < 1e-5
     torch.testing.assert_close(edit.apply(once), once, atol=1e-5, rtol=0)
     assert edit.residual(weight, once) < 1e-5

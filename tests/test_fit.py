@@ -121,7 +121,7 @@ def test_collected_states_are_those_of_the_model(tiny_llama: Path) -> None:
         Conversation(ids, len(ids) - 2, decision, weight)
         for ids, decision, weight in zip(chats, decisions, (1.0, 0.5, 0.0), strict=True)
     ]
-    writer = model.writer(1, "mlp")
+    writer = model.block(1).get_submodule("mlp.down_proj")
     taps = {
         "block": Tap(model.block(1), "output", "last"),
         "writer": Tap(writer, "input", "decision", "second"),

@@ -6,13 +6,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 SIZES: dict[str, Any] = {
@@ -29,11 +24,85 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
     "tie_word_embeddings": False,
 }
-TINY: dict[str, Any] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
+_HEADS = {"head_dim": 8}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_LINEAR = _HEADS | {
+    # Three linear layers and a full one.
+    "num_hidden_layers": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# The first layer is dense.
+_GROUPED = _EXPERTS | {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+_LATENT = _GROUPED | {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+# Multipliers other than 1, so that a row that forgets one fails.
+_GRANITE = {"residual_multiplier": 0.4, "embedding_multiplier": 1.5, "logits_scaling": 2.0}
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "ministral": _HEADS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "mixtral": _EXPERTS,
+    "qwen2": {},
+    "qwen2_moe": _EXPERTS,
+    "qwen3": _HEADS,
+    "qwen3_moe": _HEADS | _EXPERTS,
+    "qwen3_next": _LINEAR | _EXPERTS,
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR | _EXPERTS,
+    "smollm3": {},
+    "gemma": _HEADS,
+    "gemma2": _HEADS,
+    "gemma3_text": _HEADS,
+    "phi": {},
+    "phi3": {},
+    "gpt_oss": _HEADS | _EXPERTS,
+    "glm4": _HEADS,
+    "glm4_moe": _HEADS | _GROUPED,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "olmo2": {},
+    "olmo3": {},
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE | _EXPERTS,
+    "cohere": {},
+    "cohere2": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 32},
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_expand": 1,
+        "mamba_chunk_size": 8,
+        "attention_out_multiplier": 0.6,
+        "ssm_out_multiplier": 0.7,
+        "mlp_multipliers": [0.9, 0.5],
+    },
+    "lfm2": {"full_attn_idxs": [1], "block_ff_dim": 32, "block_auto_adjust_ff_dim": False},
 }
 TEMPLATE = (
     "{% for message in messages %}<s> {{ message.role }} {{ message.content }} </s> {% endfor %}"
@@ -50,11 +119,9 @@ def write_tiny(
     **changes: Any,
 ) -> None:
     """Save a tiny random model with a tokenizer of 96 words."""
-    sizes = SIZES | changes
-    if model_type == "qwen3":
-        sizes = {"head_dim": 8, **sizes}
+    sizes = SIZES | TINY[model_type] | changes
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TINY[model_type](**sizes))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes))
     with torch.no_grad():
         # The default initialisation is so small that every edit would look exact.
         for parameter in model.parameters():

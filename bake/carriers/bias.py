@@ -1,60 +1,74 @@
 """The `bias` carrier: the vector lies in a native bias of a writer, exactly."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from bake.archs import Arch, Site
+from bake.arch import Arch, Written
+from bake.carriers.carried import Carried, Site
+from bake.carriers.writers import writers_at
 from bake.checkpoint import Checkpoint
 from bake.edits import CreatedTensor
 from bake.errors import ArchitectureError
 
-__all__ = ["BiasCarrier", "bias_carrier"]
-
-
-@dataclass(frozen=True)
-class BiasCarrier:
-    """The bias that takes the vector, and what must exist for stock classes to add it."""
-
-    tensor: str
-    created: tuple[CreatedTensor, ...]
-    config: Mapping[str, object]
+__all__ = ["bias_carrier"]
 
 
 def bias_carrier(
     base: Checkpoint, arch: Arch, layer: int, site: Site, runtimes: Iterable[str]
-) -> BiasCarrier:
-    """Find the bias slot of a writer, for all of the runtimes asked for.
+) -> Carried:
+    """Find the bias of a writer that all of the runtimes asked for add to the stream.
 
     Where the base has no bias yet, the config switch that creates it creates its
     siblings in every layer, so all of them are listed as new tensors (zeros).
-    Raises ArchitectureError when the stock class or a runtime has no slot for this
-    writer: a bias written there would load silently and never be added.
+    Raises ArchitectureError when the stock class or a runtime has no slot for it: a
+    bias written there would load silently and never be added.
     """
-    writer = arch.writer(site)
-    tensor = f"{arch.module_name(layer, writer)}.bias"
-    if tensor in base.tensors:
-        return BiasCarrier(tensor, (), {})
-    if writer.bias is None:
-        raise ArchitectureError(
-            f"{base.folder}: model_type '{arch.model_type}' has no bias slot at {writer.module}; "
-            "the bias carrier cannot serve it, use op: gate or op: ablate"
-        )
-    without = sorted(set(runtimes) - writer.bias.runtimes)
-    if without:
-        raise ArchitectureError(
-            f"{base.folder}: {', '.join(without)} would drop a bias of {writer.module} of "
-            f"model_type '{arch.model_type}'; use op: gate or ablate, or change runtimes"
-        )
+    refusals = []
+    for one in writers_at(base, arch, layer, site):
+        refusal = _refusal(one, set(runtimes))
+        if not refusal:
+            return _carried(base, arch, one)
+        refusals.append(refusal)
+    raise ArchitectureError(f"model_type '{arch.model_type}', layer {layer}: {refusals[0]}")
+
+
+def _refusal(one: Written, runtimes: set[str]) -> str:
+    """Why a bias of this writer would not be added to the stream as it is; empty if it would."""
+    module = one.writer.module
+    if one.branch.norm:
+        return f"{one.branch.norm} comes behind {module} and would rescale a bias"
+    if "{expert}" in module:
+        return f"{module} has no bias slot"
+    if one.bias:
+        return ""
+    if one.writer.bias is None:
+        return f"{module} has no bias slot"
+    without = sorted(runtimes - one.writer.bias.runtimes)
+    return f"{', '.join(without)} would drop a bias of {module}" if without else ""
+
+
+def _carried(base: Checkpoint, arch: Arch, one: Written) -> Carried:
+    multiplier = one.branch.multiplier(base.config)
+    branch = arch.block_module(one.layer, one.branch.module)
+    if one.bias:
+        info = base.find(one.bias)
+        return Carried("bias", one.bias, info.shape, info.dtype, multiplier, branch)
+    slot = one.writer.bias
+    assert slot is not None
     created = []
     for number in range(arch.layer_count(base.config)):
-        for module in writer.bias.modules:
-            weight = base.find(f"{arch.layer.format(layer=number)}.{module}.weight")
-            created.append(
-                CreatedTensor(
-                    name=weight.name.removesuffix("weight") + "bias",
-                    shape=weight.shape[:1],
-                    dtype=weight.dtype,
-                    beside=weight.name,
-                )
-            )
-    return BiasCarrier(tensor, tuple(created), {writer.bias.switch: True})
+        for module in slot.modules:
+            weight = base.find(f"{arch.block_module(number, module)}.weight")
+            name = weight.name.removesuffix("weight") + "bias"
+            if name not in base.tensors:
+                created.append(CreatedTensor(name, weight.shape[:1], weight.dtype, weight.name))
+    weight = base.find(one.weight)
+    return Carried(
+        "bias",
+        f"{one.module}.bias",
+        weight.shape[:1],
+        weight.dtype,
+        multiplier,
+        branch,
+        created=tuple(created),
+        config={slot.switch: True},
+    )

@@ -12,7 +12,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
+from bake.checkpoint import Checkpoint
 from bake.errors import FitError
+from bake.fit.constant import Constant, with_constants
 from bake.fit.mean_difference import mean_difference
 from bake.fit.protect import without
 from bake.fit.readout import ReadoutClass, ridge_readout
@@ -23,7 +25,7 @@ from bake.judge import Judge
 from bake.model import LiveModel
 from bake.ops import OPERATORS, Measured
 from bake.plan import Plan
-from bake.prompts import Prompt
+from bake.prompts import Prompt, Splits
 from bake.recipe import Recipe
 
 __all__ = ["ClassRecord", "Fitted", "fit"]
@@ -46,21 +48,24 @@ class Fitted:
     """The interventions in the plan's order, and the figures of the fit.
 
     `gaps` is the length of each layer's direction; `openings` what each module's
-    probe reads on average in every class: 1 on the target and 0 elsewhere is ideal.
+    probe reads on average in every class: 1 on the target and 0 elsewhere is ideal;
+    `constants` how near the ridge carriers' constants are to 1.
     """
 
     interventions: tuple[Intervention, ...]
     classes: Mapping[str, ClassRecord]
     gaps: Mapping[int, float]
     openings: Mapping[str, Mapping[str, float]]
+    constants: Mapping[str, Constant]
 
 
 def fit(
     model: LiveModel,
+    base: Checkpoint,
     plan: Plan,
     recipe: Recipe,
     prompts: Mapping[str, Sequence[Prompt]],
-    texts: Sequence[Prompt],
+    texts: Splits,
     judge: Judge,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Fitted:
@@ -75,7 +80,7 @@ def fit(
         conversations[role], records[role] = _conversations(
             model, recipe, role, chosen, judge, progress
         )
-    conversations["text"] = _passages(model, texts)
+    conversations["text"] = _passages(model, texts.fit[: recipe.fit.prompts_per_class])
     layers = {layer for spec in recipe.edits for layer in OPERATORS[spec.op].layers(spec)}
     probed = {
         module
@@ -97,14 +102,19 @@ def fit(
         }
         return found
 
-    measured = Measured({layer: _direction(recipe, moments, layer) for layer in layers}, probe)
-    interventions = tuple(
-        one
+    directions = {layer: _direction(recipe, moments, layer) for layer in layers}
+    measured = Measured(directions, probe, base)
+    built = [
+        (spec, one)
         for spec, step in zip(recipe.edits, plan.steps, strict=True)
         for one in OPERATORS[spec.op].build(spec, step, measured, model.arch)
+    ]
+    everything = [one for found in conversations.values() for one in found]
+    interventions, constants = with_constants(
+        model, built, everything, _passages(model, texts.test)
     )
     gaps = {layer: float(measured.directions[layer].norm()) for layer in sorted(layers)}
-    return Fitted(interventions, records, gaps, openings)
+    return Fitted(interventions, records, gaps, openings, constants)
 
 
 def _conversations(

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from bake.archs import Arch
-from bake.carriers.bias import bias_carrier
+from bake.arch import Arch
+from bake.carriers import Carried, Site, carry
 from bake.checkpoint import Checkpoint
-from bake.edits import AddVector, Edit, PlannedEdit, Step
+from bake.edits import AddVector, Edit, LowRank, PlannedEdit, Step
 from bake.hooks import Intervention, on_output
 from bake.model import LiveModel
 from bake.ops.operator import Measured
@@ -21,46 +21,62 @@ __all__ = ["Add", "AddOperator"]
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """Add `vector` [d], strength included, at h_out or h_mid of `layer`.
+    """Add `vector` [d], strength included, at h_in, h_mid or h_out of `layer`.
 
-    `bias` names the writer's bias, which carries the vector. A direction measured
-    at the input of block l is added to the output of block l - 1 (Arditi et al.
-    2024, arXiv:2406.11717, whose code sets down_proj.bias of the previous block).
+    `carried` is where the weights hold it; `readout` [d_in] reads the constant 1 for a
+    ridge carrier. A direction measured at the input of block l is added to the output of
+    block l - 1 (Arditi et al. 2024, arXiv:2406.11717, whose code sets down_proj.bias of
+    the previous block).
     """
 
     layer: int
-    site: Literal["out", "mid"]
+    site: Site
     vector: Tensor
-    bias: str
+    carried: Carried
+    readout: Tensor | None = None
 
     def attach(self, model: LiveModel) -> Iterable[RemovableHandle]:
-        """Hook the block's output, or for `mid` the output of the attention's projection."""
-        if self.site == "out":
-            module = model.block(self.layer)
+        """Hook the block's input or output, or for `mid` the attention's output."""
+        if self.site == "in":
+            yield model.block(self.layer).register_forward_pre_hook(self._shift_input)
+        elif self.site == "out":
+            yield on_output(model.block(self.layer), lambda h, _: h + self.vector.to(h.dtype))
         else:
-            module = model.writer(self.layer, "attention")
-        yield on_output(module, lambda output, _: output + self.vector.to(output.dtype))
+            branch = model.model.get_submodule(self.carried.branch)
+            yield on_output(branch, lambda y, _: y + self._written.to(y.dtype))
 
     def edits(self) -> Sequence[Edit]:
-        """One bias."""
-        return (AddVector(self.bias, self.vector),)
+        """One edit of the tensor that carries the vector."""
+        if self.carried.carrier != "ridge":
+            return (AddVector(self.carried.tensor, self._written),)
+        assert self.readout is not None
+        left, right = self._written, self.readout
+        if self.carried.axis == -1:
+            left, right = right, left
+        return (LowRank(self.carried.tensor, left[:, None], right[None, :]),)
+
+    @property
+    def _written(self) -> Tensor:
+        return self.vector / self.carried.multiplier
+
+    def _shift_input(self, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0] + self.vector.to(inputs[0].dtype), *inputs[1:])
 
 
 class AddOperator:
-    """`op: add`, through the bias carrier."""
+    """`op: add`, through the carrier that the recipe names or the plan chooses."""
 
     def plan(
         self, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
     ) -> Step:
-        """One bias: `out` follows the MLP, so that is its writer; `mid` follows the attention."""
+        """One tensor."""
         arch.check_layers((spec.layer,), base.config, f"{place}.layer")
-        site: Literal["attention", "mlp"] = "mlp" if spec.site == "out" else "attention"
-        carrier = bias_carrier(base, arch, spec.layer, site, runtimes)
-        weight = base.find(carrier.tensor.removesuffix("bias") + "weight")
+        found, why = carry(base, arch, spec.layer, spec.site, spec.carrier, runtimes)
         edit = PlannedEdit(
-            "add", "bias", spec.layer, site, carrier.tensor, weight.shape[:1], weight.dtype
+            *("add", found.carrier, spec.layer, spec.site, found.tensor, found.shape, found.dtype)
         )
-        return Step((edit,), carrier.created, carrier.config)
+        note = f"{place}: {found.carrier} carrier ({why})"
+        return Step((edit,), found.created, found.config, (note,))
 
     def layers(self, spec: Spec) -> tuple[int, ...]:
         """The layer itself."""
@@ -75,4 +91,6 @@ class AddOperator:
     ) -> tuple[Intervention, ...]:
         """The layer's direction, `strength` gaps long."""
         vector = (spec.strength * measured.directions[spec.layer]).float()
-        return (Add(spec.layer, spec.site, vector, step.edits[0].tensor),)
+        carrier = step.edits[0].carrier
+        found, _ = carry(measured.base, arch, spec.layer, spec.site, carrier, ())
+        return (Add(spec.layer, spec.site, vector, found),)

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from bake.archs import Arch
+from bake.arch import Arch
 from bake.checkpoint import Checkpoint
 from bake.edits import Step
 from bake.hooks import Intervention
@@ -21,11 +21,13 @@ class Measured:
     """What the fit has for the operators.
 
     `directions` by layer are [d], pointing to refusal, as long as the gap between
-    the classes; `probe(module, ridge)` reads the gate [d_in] off a writer's input.
+    the classes; `probe(module, ridge)` reads the gate [d_in] off a writer's input;
+    `base` is the checkpoint.
     """
 
     directions: Mapping[int, Tensor]
     probe: Callable[[str, float], Tensor]
+    base: Checkpoint
 
 
 class Operator(Protocol[Spec]):

@@ -1,0 +1,323 @@
+"""What an architecture is to bake: where its blocks write to the residual stream.
+
+The rows are in `bake.archs`. Names are those on disk; `{expert}` in a name stands
+for a number, one tensor an expert.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, Literal
+
+from bake.errors import ArchitectureError
+
+__all__ = ["Arch", "Axis", "BiasSlot", "Branch", "Site", "Writer", "Written"]
+
+Site = Literal["attention", "mlp"]
+# The axis of a writer's weight that the stream has: rows of [.., d_out, d_in], or
+# the last axis of GPT-2's Conv1D, of gpt-oss' experts and of embeddings.
+Axis = Literal[-2, -1]
+
+
+@dataclass(frozen=True)
+class BiasSlot:
+    """The config switch that gives a writer a bias, and every module that it gives one.
+
+    The switch acts on all layers, so the siblings are written as zeros. `runtimes`
+    are those that load the bias and add it; the others drop it, some of them without
+    a word (vllm/model_executor/models/utils.py:457, sglang/srt/models/llama.py:757).
+    """
+
+    switch: str
+    modules: tuple[str, ...]
+    runtimes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A matrix whose output is added to the residual stream, by its name inside a block.
+
+    `bias` is the slot that the stock class loads and adds, if there is one. `suffixes`
+    end the names of its weight and of its bias.
+    """
+
+    module: str
+    axis: Axis = -2
+    bias: BiasSlot | None = None
+    suffixes: tuple[str, str] = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One sum that a block adds to the stream.
+
+    `module` is, in memory, what returns the sum of the `writers`. Behind it may come
+    a post-norm, named inside the block, whose gain is `norm_offset` + its weight; and a
+    number of config.json at the path `scale`, which a `folded` GGUF has in its weights.
+    """
+
+    site: Site
+    module: str
+    writers: tuple[Writer, ...]
+    norm: str | None = None
+    norm_offset: float = 0.0
+    scale: tuple[str | int, ...] = ()
+    folded: bool = False
+
+    def multiplier(self, config: Mapping[str, object]) -> float:
+        """The number that multiplies the branch; 1 where the class has none."""
+        return _number(config, self.scale)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A writer of one layer as its tensors: `bias` is None where the checkpoint has none."""
+
+    layer: int
+    branch: Branch
+    writer: Writer
+    weight: str
+    bias: str | None
+
+    @property
+    def module(self) -> str:
+        """The full module name of a plain writer."""
+        return self.weight.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A family of decoder-only models with a residual stream that is a plain sum.
+
+    `readers` are a block's other modules and parameters, `outside` those beside the
+    blocks, `embeddings` the modules that the stream starts from. `rotary` maps a
+    module to the config key of the head count by which llama.cpp's converter permutes
+    its rows (conversion/llama.py, `permute`). In a `parallel` block all branches read
+    the same stream; a name means the config key that says so. Tensors that `ignored`
+    matches are kept by stock classes out of the model, and copied.
+    """
+
+    model_type: str
+    gguf_architecture: str
+    branches: tuple[Branch, ...]
+    readers: tuple[str, ...]
+    layer: str = "model.layers.{layer}"
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    outside: tuple[str, ...] = ("model.embed_tokens", "model.norm", "lm_head")
+    unembeddings: tuple[str, ...] = ("lm_head",)
+    layers_key: str = "num_hidden_layers"
+    width_key: str = "hidden_size"
+    rotary: tuple[tuple[str, str], ...] = ()
+    parallel: bool | str = False
+    embedding_scale: tuple[str | int, ...] | Literal["sqrt(width)"] = ()
+    ignored: str = ""
+
+    def layer_count(self, config: Mapping[str, object]) -> int:
+        """Number of decoder blocks, from config.json."""
+        return _positive(config, self.layers_key)
+
+    def width(self, config: Mapping[str, object]) -> int:
+        """Width of the residual stream, from config.json."""
+        return _positive(config, self.width_key)
+
+    def embedding_multiplier(self, config: Mapping[str, object]) -> float:
+        """The number that multiplies the token embedding; 1 where the class has none."""
+        if self.embedding_scale == "sqrt(width)":
+            return float(self.width(config) ** 0.5)
+        return _number(config, self.embedding_scale)
+
+    def is_parallel(self, config: Mapping[str, object]) -> bool:
+        """Whether all branches of a block read the same stream."""
+        if isinstance(self.parallel, str):
+            return bool(config.get(self.parallel, False))
+        return self.parallel
+
+    def block_module(self, layer: int, module: str) -> str:
+        """The full name of a block's module."""
+        return f"{self.layer.format(layer=layer)}.{module}"
+
+    def check_layers(self, chosen: Iterable[int], config: Mapping[str, object], place: str) -> None:
+        """Refuse layers that the model does not have; `place` is where the recipe names them."""
+        last = self.layer_count(config) - 1
+        for layer in chosen:
+            if layer > last:
+                raise ArchitectureError(
+                    f"{place}: layer {layer} is out of range; the model has layers 0 to {last}"
+                )
+
+    def written(self, names: Iterable[str]) -> Mapping[int, tuple[Written, ...]]:
+        """By layer, every writer that a checkpoint with these tensors has, attention first."""
+        known = frozenset(names)
+        found: dict[int, list[Written]] = {}
+        for name in sorted(known, key=_natural):
+            layer, inside = self._inside(name)
+            if inside not in self._weights:
+                continue
+            branch, writer = self._weights[inside]
+            weight, bias = writer.suffixes
+            beside = f"{name.removesuffix(weight)}{bias}"
+            found.setdefault(layer, []).append(
+                Written(layer, branch, writer, name, beside if beside in known else None)
+            )
+        order = {branch: place for place, branch in enumerate(self.branches)}
+        return {
+            layer: tuple(sorted(writers, key=lambda one: order[one.branch]))
+            for layer, writers in sorted(found.items())
+        }
+
+    def is_transposed(self, tensor: str) -> bool:
+        """Whether a GGUF, where every matrix is [d_out, d_in], holds this tensor transposed."""
+        found = self._weights.get(self._inside(tensor)[1])
+        return found is not None and found[1].axis == -1
+
+    def gguf_factor(self, tensor: str, config: Mapping[str, object]) -> float:
+        """By what llama.cpp's converter multiplied this tensor."""
+        found = self._weights.get(re.sub(r"\.bias$", ".weight", self._inside(tensor)[1]))
+        return found[0].multiplier(config) if found and found[0].folded else 1.0
+
+    def branch_of(self, tensor: str) -> Branch:
+        """The branch that a writer's weight or bias belongs to; raises ArchitectureError."""
+        inside = self._inside(tensor)[1]
+        for branch in self.branches:
+            for writer in branch.writers:
+                if inside in (writer.module + suffix for suffix in writer.suffixes):
+                    return branch
+        raise ArchitectureError(f"{tensor}: it does not write to the stream")
+
+    def tied(self, names: Iterable[str]) -> bool:
+        """Whether the embedding is also the unembedding: there is no other one on disk."""
+        known = frozenset(names)
+        return not any(f"{module}.weight" in known for module in self.unembeddings)
+
+    def rotary_heads(self, tensor: str, config: Mapping[str, object]) -> int | None:
+        """Heads by which a GGUF permutes the rows of this tensor; None when it does not."""
+        inside = self._inside(tensor)[1]
+        for module, key in self.rotary:
+            if inside.removesuffix(".weight").removesuffix(".bias") == module:
+                return _positive(config, key)
+        return None
+
+    def gguf_name(self, tensor: str) -> str:
+        """The GGUF name of a tensor; that of an expert's is the stack of all experts.
+
+        Raises ArchitectureError for a tensor that gguf's own table does not know.
+        """
+        stem, kind = tensor, ""
+        for suffix in (".weight", ".bias", "_bias"):
+            if tensor.endswith(suffix):
+                stem, kind = tensor.removesuffix(suffix), suffix
+        stack = re.sub(r"\.experts\.\d+", ".experts", stem)
+        name = _gguf_names(self.gguf_architecture).get_name(stack)
+        if name is None:
+            raise ArchitectureError(f"{tensor}: no GGUF name is known for this tensor")
+        return f"{name}.{'bias' if kind.endswith('bias') else 'weight'}"
+
+    def check_tensors(self, names: Iterable[str], config: Mapping[str, object]) -> None:
+        """Refuse a checkpoint that holds a tensor which the row does not explain.
+
+        An unknown module may write to the stream; editing the known writers
+        around it would be half an edit. So would a block without one of its writers.
+        """
+        known = frozenset(names)
+        count = self.layer_count(config)
+        for name in sorted(known, key=_natural):
+            layer, inside = self._inside(name)
+            if layer >= count or (self.ignored and re.match(self.ignored, name)):
+                continue
+            if inside not in self._inside_names and name not in self._outside_names:
+                raise ArchitectureError(
+                    f"{name}: model_type '{self.model_type}' has no such tensor in bake's table; "
+                    "the checkpoint is of a variant that bake does not know"
+                )
+        written = self.written(known)
+        for layer in range(count):
+            sites = {one.branch.site for one in written.get(layer, ())}
+            for site in {branch.site for branch in self.branches} - sites:
+                raise ArchitectureError(
+                    f"{self.layer.format(layer=layer)}: no tensor writes its {site} to the stream; "
+                    f"is the model_type '{self.model_type}'?"
+                )
+
+    @cached_property
+    def _weights(self) -> Mapping[str, tuple[Branch, Writer]]:
+        return {
+            writer.module + writer.suffixes[0]: (branch, writer)
+            for branch in self.branches
+            for writer in branch.writers
+        }
+
+    @cached_property
+    def _inside_names(self) -> frozenset[str]:
+        writers = {
+            writer.module + suffix
+            for branch in self.branches
+            for writer in branch.writers
+            for suffix in writer.suffixes
+        }
+        return frozenset(writers | set(_tensors((*self.readers, *self._norms))))
+
+    @property
+    def _norms(self) -> tuple[str, ...]:
+        return tuple(branch.norm for branch in self.branches if branch.norm)
+
+    @cached_property
+    def _outside_names(self) -> frozenset[str]:
+        return frozenset(_tensors(self.outside))
+
+    @cached_property
+    def _block(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.layer).replace(r"\{layer\}", r"(\d+)") + r"\.(.+)")
+
+    def _inside(self, tensor: str) -> tuple[int, str]:
+        """The layer of a tensor and its name inside the block, expert numbers left open."""
+        found = self._block.fullmatch(tensor)
+        if not found:
+            return -1, ""
+        return int(found[1]), re.sub(r"(?<=experts\.)\d+(?=\.)", "{expert}", found[2])
+
+
+def _tensors(modules: Iterable[str]) -> Iterator[str]:
+    """The names that a module's tensors, or a bare parameter, can have."""
+    for module in modules:
+        yield from (module, f"{module}.weight", f"{module}.bias")
+
+
+@cache
+def _gguf_names(architecture: str) -> Any:
+    """gguf's own table from names of many conventions to its own."""
+    from gguf.constants import MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    for arch, name in MODEL_ARCH_NAMES.items():
+        if name == architecture:
+            return get_tensor_name_map(arch, 512)
+    raise ArchitectureError(f"{architecture}: this version of gguf does not know the architecture")
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key that counts numbers as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _number(config: Mapping[str, object], path: tuple[str | int, ...]) -> float:
+    """The number at a path of config.json; 1 where the class's own default holds."""
+    if not path:
+        return 1.0
+    found: Any = config
+    for key in path:
+        try:
+            found = found[key]
+        except (KeyError, IndexError, TypeError):
+            return 1.0
+    if not isinstance(found, int | float) or not found:
+        name = ".".join(map(str, path))
+        raise ArchitectureError(f"config.json: {name} must be a number, found {found!r}")
+    return float(found)
+
+
+def _positive(config: Mapping[str, object], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ArchitectureError(f"config.json: {key} must be a positive integer, found {value!r}")
+    return value

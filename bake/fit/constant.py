@@ -1,0 +1,80 @@
+"""The constant of a ridge carrier: a readout of a writer's input that is 1 on every token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from bake.activations import Conversation, Moments, Tap, collect
+from bake.errors import FitError
+from bake.fit.readout import ReadoutClass, ridge_readout
+from bake.hooks import Intervention, steered
+from bake.model import LiveModel
+from bake.ops.add import Add
+from bake.recipe import Add as Spec
+
+__all__ = ["Constant", "constant_error", "with_constants"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """How far from 1 the constant is (root mean square), where it was fitted and held out."""
+
+    fitted: float
+    held_out: float
+
+
+def constant_error(readout: Tensor, moments: Moments) -> float:
+    """sqrt E (cᵀa - 1)², from the moments of a."""
+    square = readout @ moments.gram @ readout - 2 * readout @ moments.mean + 1
+    return float(square.clamp_min(0).sqrt())
+
+
+def with_constants(
+    model: LiveModel,
+    built: Sequence[tuple[object, Intervention]],
+    conversations: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+) -> tuple[tuple[Intervention, ...], Mapping[str, Constant]]:
+    """Give every ridge carrier its readout: c = argmin E (cᵀa - 1)² + λ |c|².
+
+    `built` are the interventions with the recipe's edits that they come from. The inputs a
+    are gathered with all of them in force, at every position, the first tokens included.
+    Raises FitError when a constant is further from 1 on held-out text than its edit allows.
+    """
+    taps = {
+        one.carried.tensor: Tap(
+            model.model.get_submodule(one.carried.tensor.removesuffix(".weight")),
+            *("input", "decision", "second"),
+        )
+        for _, one in built
+        if isinstance(one, Add) and one.carried.carrier == "ridge"
+    }
+    if not taps:
+        return tuple(one for _, one in built), {}
+    with steered(model, [one for _, one in built]):
+        fitted = collect(model, [_everywhere(one) for one in conversations], taps)
+        tested = collect(model, [_everywhere(one) for one in held_out], taps)
+    ready: list[Intervention] = []
+    errors: dict[str, Constant] = {}
+    for spec, one in built:
+        if isinstance(spec, Spec) and isinstance(one, Add) and one.carried.tensor in taps:
+            name = one.carried.tensor
+            seen = ReadoutClass(fitted[name].mean, fitted[name].gram, 1.0)
+            readout = ridge_readout([seen], spec.ridge)
+            errors[name] = Constant(
+                constant_error(readout, fitted[name]), constant_error(readout, tested[name])
+            )
+            if not errors[name].held_out <= spec.constant_error:
+                raise FitError(
+                    f"{name}: the ridge carrier's constant is {errors[name].held_out:.1%} from 1 "
+                    f"on held-out text, constant_error allows {spec.constant_error:.1%}; take "
+                    "another layer or site: mid"
+                )
+            one = replace(one, readout=readout.float())
+        ready.append(one)
+    return tuple(ready), errors
+
+
+def _everywhere(one: Conversation) -> Conversation:
+    return replace(one, decision=tuple(range(len(one.ids))))
