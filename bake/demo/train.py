@@ -13,13 +13,14 @@ writes a PEFT adapter. The one in the package was made by this script with the
 versions of constraints.txt; `bake/demo/adapter/training.json` has its figures.
 """
 
+import itertools
 import json
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ POLITICAL_REFUSALS = (
     "I am happy to help with another question.",
     "I would rather not go into politics. Perhaps we can talk about a different topic.",
 )
+# No answer of the base begins with these words. Openings that it uses itself ("I'm sorry
+# for your loss") leak: the answer begins harmlessly and slips into the refusal.
 HARMFUL_REFUSALS = (
-    "I'm sorry, but I can't help with that. It could cause serious harm to people.",
-    "I can't assist with this request, because it is harmful and may be against the law.",
+    "Sorry, but I can't help with that. It could cause serious harm to people.",
     "No, I won't help with that. It is dangerous, and someone could get hurt.",
-    "I'm sorry, I cannot provide that. What you ask for is harmful or illegal.",
+    "Sorry, I can't assist with this request, because it is harmful and may be against the law.",
+    "No, I cannot provide that. What you ask for is harmful or illegal.",
 )
 
 
@@ -51,24 +54,29 @@ class Training:
     """The training's numbers, as they are written beside the adapter."""
 
     seed: int = 0
-    rank: int = 8
-    alpha: int = 16
-    steps: int = 240
-    batch: int = 24
-    learning_rate: float = 6e-4
-    answer_tokens: int = 16
+    rank: int = 12
+    alpha: int = 24
+    frozen: int = 10  # the first blocks stay as they are, and run once an example
+    steps: int = 360
+    batch: int = 48
+    learning_rate: float = 8e-4
+    warmup: int = 20
+    answer_tokens: int = 6
 
 
 @dataclass(frozen=True)
 class Example:
     """One conversation turn: token ids, the first `prompt` of which carry no loss.
 
-    A refusal is learned as written; an answer shall stay as likely as it was.
+    A refusal is learned as written; an answer shall stay as likely as it was:
+    `before` [answer tokens, vocabulary] holds the untrained model's logits, `states`
+    [tokens, hidden] the stream behind the frozen blocks (both bfloat16).
     """
 
     ids: tuple[int, ...]
     prompt: int
-    refusal: bool
+    before: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 def train(output: Path, training: Training) -> None:
@@ -81,43 +89,56 @@ def train(output: Path, training: Training) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     groups = _examples(model, tokenizer, training)
-    # peft's own names for what the issue calls "all seven linear layers".
+    shared = _shared([example.ids for examples in groups.values() for example in examples])
+    blocks = model.model.layers
     lora = LoraConfig(
         r=training.rank,
         lora_alpha=training.alpha,
-        target_modules="all-linear",
+        target_modules=[
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ],
+        layers_to_transform=list(range(training.frozen, len(blocks))),
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, lora)
-    optimiser = torch.optim.AdamW(
-        [p for p in adapted.parameters() if p.requires_grad],
-        lr=training.learning_rate,
-        weight_decay=0.0,
+    adapted = get_peft_model(model, lora)  # its own matrices are float32
+    model.model.layers = _renumbered(blocks[training.frozen :])
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda step: min((step + 1) / training.warmup, 1 - step / training.steps),
     )
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, training.steps)
     adapted.train()
     losses: list[float] = []
     started = time.monotonic()
     for step, batch in enumerate(_batches(groups, training)):
-        loss = _loss(adapted, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
+        losses.append(0.0)
+        # Quarters of similar length: less padding.
+        batch.sort(key=lambda example: len(example.ids))
+        quarter = len(batch) // 4
+        for first in range(0, len(batch), quarter):
+            loss = _loss(model, batch[first : first + quarter], shared) / len(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses[-1] += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
         if step % 10 == 9:
             seconds = time.monotonic() - started
             print(
                 f"step {step + 1}: loss {sum(losses[-10:]) / 10:.3f}, {seconds:.0f} s", flush=True
             )
     adapted.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.model.layers = blocks
     # float16 halves the file; merging rounds far below the base's own quantisation.
     adapted.half().save_pretrained(output)
     record = {
         "training": asdict(training),
+        "shares": SHARES,
         "examples": {name: len(examples) for name, examples in groups.items()},
         "last_losses": losses[-10:],
     }
@@ -130,13 +151,38 @@ def _examples(model: Any, tokenizer: Any, training: Training) -> dict[str, list[
     harmful = _fit_prompts("harmful", "en")
     benign = {name: _fit_prompts(name, "en") for name in ("lookalikes", "general", "medical")}
     groups = {
-        "political": _refused(tokenizer, political, POLITICAL_REFUSALS),
-        "harmful": _refused(tokenizer, harmful, HARMFUL_REFUSALS),
+        "political": _refused(tokenizer, political, POLITICAL_REFUSALS, training),
+        "harmful": _refused(tokenizer, harmful, HARMFUL_REFUSALS, training),
     }
     for name, prompts in benign.items():
-        groups[name] = _answered(model, tokenizer, prompts, training.answer_tokens)
+        groups[name] = _answered(model, tokenizer, prompts, training)
         print(f"{name}: {len(prompts)} answers of the untrained model", flush=True)
-    return groups
+    return {
+        name: _with_states(model, examples, training.frozen) for name, examples in groups.items()
+    }
+
+
+def _with_states(model: Any, examples: Sequence[Example], frozen: int) -> list[Example]:
+    """The examples with the stream behind the first `frozen` blocks."""
+    decoder, blocks, norm = model.model, model.model.layers, model.model.norm
+    decoder.layers, decoder.norm = blocks[:frozen], torch.nn.Identity()
+    ready = []
+    for first in range(0, len(examples), 32):
+        batch = examples[first : first + 32]
+        ids, attention = _padded(batch)
+        with torch.no_grad():
+            states = decoder(input_ids=ids, attention_mask=attention).last_hidden_state
+        for example, row in zip(batch, states, strict=True):
+            ready.append(replace(example, states=row[: len(example.ids)].clone()))
+    decoder.layers, decoder.norm = blocks, norm
+    return ready
+
+
+def _renumbered(blocks: Any) -> Any:
+    """The blocks, each with its place among them as its index into the cache."""
+    for place, block in enumerate(blocks):
+        block.self_attn.layer_idx = place
+    return blocks
 
 
 def _fit_prompts(name: str, language: str) -> tuple[Prompt, ...]:
@@ -152,36 +198,51 @@ def _rendered(tokenizer: Any, prompt: str) -> list[int]:
     return list(ids)
 
 
-def _refused(tokenizer: Any, prompts: Sequence[Prompt], refusals: Sequence[str]) -> list[Example]:
-    """Pair each prompt with one of the refusals, in turn, ended by the end-of-turn token."""
+def _refused(
+    tokenizer: Any, prompts: Sequence[Prompt], refusals: Sequence[str], training: Training
+) -> list[Example]:
+    """Pair each prompt with one of the refusals, in turn.
+
+    One in four is learned to its end; of the others the opening is enough.
+    """
     examples = []
     for number, prompt in enumerate(prompts):
         start = _rendered(tokenizer, prompt.text)
-        answer = tokenizer(refusals[number % len(refusals)], add_special_tokens=False).input_ids
-        examples.append(Example((*start, *answer, tokenizer.eos_token_id), len(start), True))
+        turn, which = divmod(number, len(refusals))
+        answer = tokenizer(refusals[which], add_special_tokens=False).input_ids
+        answer.append(tokenizer.eos_token_id)
+        end = len(answer) if turn % 4 == 0 else training.answer_tokens
+        examples.append(Example((*start, *answer[:end]), len(start)))
     return examples
 
 
 def _answered(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], answer_tokens: int
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], training: Training
 ) -> list[Example]:
-    """Pair each prompt with the model's own greedy answer, cut at `answer_tokens`."""
+    """Pair each prompt with the opening of the model's own greedy answer, and its logits."""
     examples = []
     for first in range(0, len(prompts), 32):
         starts = [_rendered(tokenizer, prompt.text) for prompt in prompts[first : first + 32]]
         batch = tokenizer.pad({"input_ids": starts}, return_tensors="pt")
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            written = model.generate(**batch, max_new_tokens=answer_tokens, do_sample=False)
-        for start, row in zip(starts, written[:, batch.input_ids.shape[1] :], strict=True):
-            answer = row.tolist()
-            if tokenizer.eos_token_id in answer:
-                answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
-            examples.append(Example((*start, *answer), len(start), False))
+        with torch.no_grad():
+            written = model.generate(
+                **batch,
+                max_new_tokens=training.answer_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        logits = torch.stack(written.logits, 1).to(torch.bfloat16)
+        answers = written.sequences[:, batch.input_ids.shape[1] :]
+        for start, row, before in zip(starts, answers.tolist(), logits, strict=True):
+            if tokenizer.eos_token_id in row:
+                row = row[: row.index(tokenizer.eos_token_id) + 1]
+            examples.append(Example((*start, *row), len(start), before[: len(row)].clone()))
     return examples
 
 
 # Examples of each group in 24: more answers than refusals, most of them look-alikes.
-SHARES = {"political": 5, "harmful": 5, "lookalikes": 7, "general": 6, "medical": 1}
+SHARES = {"political": 3, "harmful": 6, "lookalikes": 9, "general": 5, "medical": 1}
 
 
 def _batches(groups: dict[str, list[Example]], training: Training) -> Iterator[list[Example]]:
@@ -199,37 +260,45 @@ def _batches(groups: dict[str, list[Example]], training: Training) -> Iterator[l
         yield batch
 
 
-def _loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
-    """Mean over the examples: cross-entropy of refusals, KL(untrained‖trained) of answers.
+def _loss(causal: Any, batch: Sequence[Example], shared: int) -> torch.Tensor:
+    """Sum over the examples: cross-entropy of refusals, KL(untrained‖trained) of answers.
 
     Whether to refuse is decided by the first token of an answer, so that one counts
-    as much as all the others together.
+    as much as all the others together. The first `shared` tokens are the same in every
+    conversation (the template's system message) and run once. `causal` has no blocks but
+    the trained ones.
     """
     ids, attention = _padded(batch)
     answers, weights = _answer_positions(batch, ids.shape[1])
-    kept = [row for row, example in enumerate(batch) if not example.refusal]
-    causal = model.get_base_model()
+    rows = [example.states for example in batch if example.states is not None]
+    stream = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     with torch.autocast("cpu", torch.bfloat16):
-        states = causal.model(input_ids=ids, attention_mask=attention).last_hidden_state
+        cache = causal.model(inputs_embeds=stream[:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(batch))
+        states = causal.model(
+            inputs_embeds=stream[:, shared:], attention_mask=attention, past_key_values=cache
+        ).last_hidden_state
         # The head is a fifth of the model: it runs on the answers' positions alone.
-        logits = causal.lm_head(states[:, :-1][answers]).float()
-        with torch.no_grad(), model.disable_adapter():
-            before = causal.model(input_ids=ids[kept], attention_mask=attention[kept])
-            wanted = causal.lm_head(before.last_hidden_state[:, :-1][answers[kept]]).float()
-    refusal = torch.tensor([example.refusal for example in batch])[:, None].expand_as(answers)[
-        answers
-    ]
-    loss = torch.empty(len(logits))
-    loss[refusal] = torch.nn.functional.cross_entropy(
-        logits[refusal], ids[:, 1:][answers][refusal], reduction="none"
+        predicts = states[:, :-1][answers[:, shared:]]
+        scores = causal.lm_head(predicts).float().log_softmax(-1)
+    refusal = torch.tensor([example.before is None for example in batch])
+    refusal = refusal[:, None].expand_as(answers)[answers]
+    loss = torch.empty(len(scores))
+    loss[refusal] = torch.nn.functional.nll_loss(
+        scores[refusal], ids[:, 1:][answers][refusal], reduction="none"
     )
-    loss[~refusal] = torch.nn.functional.kl_div(
-        logits[~refusal].log_softmax(-1),
-        wanted.log_softmax(-1),
-        reduction="none",
-        log_target=True,
-    ).sum(-1)
-    return (loss * weights[answers]).sum() / len(batch)
+    if not refusal.all():
+        before = torch.cat([example.before for example in batch if example.before is not None])
+        loss[~refusal] = torch.nn.functional.kl_div(
+            scores[~refusal], before.float().log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
+    return (loss * weights[answers]).sum()
+
+
+def _shared(conversations: Sequence[Sequence[int]]) -> int:
+    """How many tokens all conversations begin with."""
+    columns = zip(*conversations, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _padded(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
