@@ -321,7 +321,23 @@ _QWEN3_NEXT = replace(
     ),
     ignored=r"mtp\.",
 )
-_QWEN3_5_MOE = replace(_QWEN3_NEXT, model_type="qwen3_5_moe_text", gguf_architecture="qwen35moe")
+# Published files have one tensor for all experts, [experts, d_out, d_in], as the class has.
+_QWEN3_5_MOE = replace(
+    _QWEN3_NEXT,
+    model_type="qwen3_5_moe_text",
+    gguf_architecture="qwen35moe",
+    branches=(
+        *_QWEN3_NEXT.branches[:2],
+        replace(
+            _QWEN3_NEXT.branches[2],
+            writers=(
+                *_QWEN3_NEXT.branches[2].writers,
+                Writer("mlp.experts.down_proj", suffixes=("", "_bias")),
+            ),
+        ),
+    ),
+    readers=(*_QWEN3_NEXT.readers, "mlp.experts.gate_up_proj"),
+)
 _QWEN3_5 = replace(
     _QWEN3_NEXT,
     model_type="qwen3_5_text",
