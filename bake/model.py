@@ -25,7 +25,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class LiveModel:
-    """A causal language model with its tokenizer and its row of the architecture table."""
+    """A language model with its tokenizer and its row of the architecture table."""
 
     model: Any
     tokenizer: Any
@@ -37,15 +37,26 @@ class LiveModel:
 
         Without a dtype it is the checkpoint's own, or float32 where the processor has
         no fast arithmetic in that. Raises CheckpointError when transformers cannot load
-        it, when tensors of the file find no place in the class, or when there is no
-        chat template.
+        it, when tensors of the file find no place in the class, when a wrapper's text
+        model is not of the row's class, or when there is no chat template.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import (
+            CONFIG_MAPPING,
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_MAPPING,
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForMultimodalLM,
+            AutoTokenizer,
+        )
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            loader = AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+            model, report = loader.from_pretrained(
                 folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -59,6 +70,13 @@ class LiveModel:
                     f"{folder}: transformers reports {kind.replace('_', ' ')}: {names[0]}"
                     + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 )
+        live = cls(model, tokenizer, arch)
+        decoder = type(live.decoder)
+        if decoder is not MODEL_MAPPING.get(CONFIG_MAPPING[arch.model_type], None):
+            raise CheckpointError(
+                f"{folder}: its text model is a {decoder.__name__}, which is not the class of "
+                f"model_type '{arch.model_type}' in bake's table"
+            )
         if tokenizer.chat_template is None:
             raise CheckpointError(
                 f"{folder}: the tokenizer has no chat template; bake steers chat models"
@@ -68,7 +86,17 @@ class LiveModel:
         if dtype is None and not _fast(model.dtype):
             model.float()
         model.eval()
-        return cls(model, tokenizer, arch)
+        return live
+
+    @property
+    def decoder(self) -> Any:
+        """The stack of blocks with its embedding, wherever a wrapper has it."""
+        return self.model.get_decoder().base_model
+
+    def module(self, name: str) -> nn.Module:
+        """The module that has this name on disk: transformers moves text models on loading."""
+        found: nn.Module = self.decoder.get_submodule(name.removeprefix(f"{self.arch.root}."))
+        return found
 
     def render(self, prompt: str) -> list[int]:
         """The token ids of one user turn, up to where the assistant's answer begins."""
@@ -81,8 +109,7 @@ class LiveModel:
 
     def block(self, layer: int) -> nn.Module:
         """The decoder block of a layer."""
-        found: nn.Module = self.model.get_submodule(self.arch.layer.format(layer=layer))
-        return found
+        return self.module(self.arch.layer.format(layer=layer))
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits [batch, length, vocabulary] in float32; rows of padding mean nothing."""
