@@ -1,11 +1,15 @@
 """A live model: loaded through transformers, spoken to through its chat template."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from bake.arch import Arch
@@ -47,7 +51,6 @@ class LiveModel:
             AutoConfig,
             AutoModelForCausalLM,
             AutoModelForMultimodalLM,
-            AutoTokenizer,
         )
         from transformers.utils import logging
 
@@ -59,7 +62,7 @@ class LiveModel:
             model, report = loader.from_pretrained(
                 folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = _tokenizer(folder)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
@@ -77,12 +80,10 @@ class LiveModel:
                 f"{folder}: its text model is a {decoder.__name__}, which is not the class of "
                 f"model_type '{arch.model_type}' in bake's table"
             )
-        if tokenizer.chat_template is None:
+        if live.tokenizer.chat_template is None:
             raise CheckpointError(
                 f"{folder}: the tokenizer has no chat template; bake steers chat models"
             )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         if dtype is None and not _fast(model.dtype):
             model.float()
         model.eval()
@@ -99,13 +100,33 @@ class LiveModel:
         return found
 
     def render(self, prompt: str) -> list[int]:
-        """The token ids of one user turn, up to where the assistant's answer begins."""
-        ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+        """The token ids of one user turn, up to where the assistant's answer begins.
+
+        Raises CheckpointError when the chat template leaves the prompt out.
+        """
+        return list(self._templated(prompt, self._takes_parts, tokenize=True))
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template wants a list of parts, as some of multimodal models do.
+
+        Those leave a plain string out without a word.
+        """
+        for parts in (False, True):
+            with suppress(TemplateError, TypeError):
+                one, two = (self._templated(text, parts, tokenize=False) for text in ("one", "two"))
+                if one != two:
+                    return parts
+        raise CheckpointError(f"{self.tokenizer.name_or_path}: its chat template drops the prompt")
+
+    def _templated(self, prompt: str, parts: bool, *, tokenize: bool) -> Any:
+        content = [{"type": "text", "text": prompt}] if parts else prompt
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
             add_generation_prompt=True,
+            tokenize=tokenize,
             return_dict=False,
         )
-        return list(ids)
 
     def block(self, layer: int) -> nn.Module:
         """The decoder block of a layer."""
@@ -185,6 +206,19 @@ def batches(sequences: Sequence[Sequence[int]], padding: int, batch_size: int) -
             ids[place, length - len(sequence) :] = sequence
             mask[place, length - len(sequence) :] = 1
         yield Batch(ids, mask, rows)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer, with the chat template of older processors where it has none itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    beside = folder / "chat_template.json"
+    if tokenizer.chat_template is None and beside.exists():
+        tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _positions(mask: Tensor) -> Tensor:

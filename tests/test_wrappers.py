@@ -37,7 +37,7 @@ from tests.test_archs import (
     mutations,
     recipe_of,
 )
-from tests.tiny import WRAPPERS, write_wrapper
+from tests.tiny import WRAPPERS, write_tokenizer, write_wrapper
 
 
 def whole(name: str) -> str:
@@ -417,6 +417,32 @@ def test_a_text_model_of_another_class_is_refused(llava: Path) -> None:
     wrong = replace(opened(llava)[1], model_type="qwen2")
     with pytest.raises(CheckpointError, match=r"is a LlamaModel, which is not .*'qwen2'"):
         LiveModel.load(llava, wrong)
+
+
+PARTS = (
+    "{% for message in messages %}<s> {{ message.role }} {% for part in message.content "
+    "| selectattr('type', 'equalto', 'text') %}{{ part.text }} {% endfor %}</s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+
+def test_a_chat_template_that_wants_parts(llava: Path, tmp_path: Path) -> None:
+    """As llava's: a plain string would be left out silently. Old files have it beside."""
+    model = LiveModel.load(llava, opened(llava)[1])
+    plain = model.render("w1 w2")
+    assert model.text(plain) == "user w1 w2 assistant"
+    folder = tmp_path / "model"
+    write_wrapper("llava", folder)
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    write_tokenizer(folder, None)
+    with pytest.raises(CheckpointError, match="no chat template"):
+        LiveModel.load(folder, opened(folder)[1])
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}))
+    assert LiveModel.load(folder, opened(folder)[1]).render("w1 w2") == plain
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "<s> assistant"}))
+    with pytest.raises(CheckpointError, match="its chat template drops the prompt"):
+        LiveModel.load(folder, opened(folder)[1]).render("w1 w2")
 
 
 def test_a_wrapper_is_prepared_from_its_folder(llava: Path, tmp_path: Path) -> None:
