@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from bake.errors import ArchitectureError
 
-__all__ = ["Arch", "Axis", "BiasSlot", "Branch", "Site", "Writer", "Written"]
+__all__ = ["Arch", "Axis", "BiasSlot", "Branch", "Inner", "Site", "Writer", "Written"]
 
 Site = Literal["attention", "mlp"]
 # The axis of a writer's weight that the stream has: rows of [.., d_out, d_in], or
@@ -65,9 +65,9 @@ class Branch:
     scale: tuple[str | int, ...] = ()
     folded: bool = False
 
-    def multiplier(self, config: Mapping[str, object]) -> float:
-        """The number that multiplies the branch; 1 where the class has none."""
-        return _number(config, self.scale)
+    def multiplier(self, numbers: Mapping[str, object]) -> float:
+        """The number that multiplies the branch, of `Arch.numbers`; 1 where the class has none."""
+        return _number(numbers, self.scale)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,19 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Inner:
+    """The text model inside a multimodal checkpoint.
+
+    `row` has the names that it has alone. Its part of config.json is under the key
+    `section`; `numbers` are that part as its class completes it.
+    """
+
+    row: "Arch"
+    section: str
+    numbers: Mapping[str, object]
+
+
+@dataclass(frozen=True)
 class Arch:
     """A family of decoder-only models with a residual stream that is a plain sum.
 
@@ -95,7 +108,8 @@ class Arch:
     module to the config key of the head count by which llama.cpp's converter permutes
     its rows (conversion/llama.py, `permute`). In a `parallel` block all branches read
     the same stream; a name means the config key that says so. Tensors that `ignored`
-    matches are kept by stock classes out of the model, and copied.
+    matches are kept by stock classes out of the model, and copied. `inner` is set for a
+    multimodal checkpoint (`bake.wrappers`), whose names are then those on its disk.
     """
 
     model_type: str
@@ -112,25 +126,39 @@ class Arch:
     parallel: bool | str = False
     embedding_scale: tuple[str | int, ...] | Literal["sqrt(width)"] = ()
     ignored: str = ""
+    inner: Inner | None = None
+
+    @property
+    def root(self) -> str:
+        """The name of the module that holds the blocks, on disk."""
+        return self.layer.rsplit(".", 2)[0]
+
+    def numbers(self, config: Mapping[str, object]) -> Mapping[str, object]:
+        """What config.json says of the text model."""
+        return self.inner.numbers if self.inner else config
+
+    def switch(self, key: str) -> str:
+        """The path in config.json of one of the text model's keys, joined by dots."""
+        return f"{self.inner.section}.{key}" if self.inner else key
 
     def layer_count(self, config: Mapping[str, object]) -> int:
         """Number of decoder blocks, from config.json."""
-        return _positive(config, self.layers_key)
+        return _positive(self.numbers(config), self.layers_key)
 
     def width(self, config: Mapping[str, object]) -> int:
         """Width of the residual stream, from config.json."""
-        return _positive(config, self.width_key)
+        return _positive(self.numbers(config), self.width_key)
 
     def embedding_multiplier(self, config: Mapping[str, object]) -> float:
         """The number that multiplies the token embedding; 1 where the class has none."""
         if self.embedding_scale == "sqrt(width)":
             return float(self.width(config) ** 0.5)
-        return _number(config, self.embedding_scale)
+        return _number(self.numbers(config), self.embedding_scale)
 
     def is_parallel(self, config: Mapping[str, object]) -> bool:
         """Whether all branches of a block read the same stream."""
         if isinstance(self.parallel, str):
-            return bool(config.get(self.parallel, False))
+            return bool(self.numbers(config).get(self.parallel, False))
         return self.parallel
 
     def block_module(self, layer: int, module: str) -> str:
@@ -174,7 +202,7 @@ class Arch:
     def gguf_factor(self, tensor: str, config: Mapping[str, object]) -> float:
         """By what llama.cpp's converter multiplied this tensor."""
         found = self._weights.get(re.sub(r"\.bias$", ".weight", self._inside(tensor)[1]))
-        return found[0].multiplier(config) if found and found[0].folded else 1.0
+        return found[0].multiplier(self.numbers(config)) if found and found[0].folded else 1.0
 
     def branch_of(self, tensor: str) -> Branch:
         """The branch that a writer's weight or bias belongs to; raises ArchitectureError."""
@@ -195,7 +223,7 @@ class Arch:
         inside = self._inside(tensor)[1]
         for module, key in self.rotary:
             if inside.removesuffix(".weight").removesuffix(".bias") == module:
-                return _positive(config, key)
+                return _positive(self.numbers(config), key)
         return None
 
     def gguf_name(self, tensor: str) -> str:
@@ -203,10 +231,10 @@ class Arch:
 
         Raises ArchitectureError for a tensor that gguf's own table does not know.
         """
-        stem, kind = tensor, ""
+        stem, kind = self._alone(tensor), ""
         for suffix in (".weight", ".bias", "_bias"):
             if tensor.endswith(suffix):
-                stem, kind = tensor.removesuffix(suffix), suffix
+                stem, kind = stem.removesuffix(suffix), suffix
         stack = re.sub(r"\.experts\.\d+", ".experts", stem)
         name = _gguf_names(self.gguf_architecture).get_name(stack)
         if name is None:
@@ -238,6 +266,17 @@ class Arch:
                     f"{self.layer.format(layer=layer)}: no tensor writes its {site} to the stream; "
                     f"is the model_type '{self.model_type}'?"
                 )
+
+    def _alone(self, tensor: str) -> str:
+        """The name that a tensor has where the text model is saved alone."""
+        if self.inner is None:
+            return tensor
+        row = self.inner.row
+        heads = zip(self.unembeddings, row.unembeddings, strict=True)
+        for here, alone in ((self.root, row.root), *heads):
+            if tensor.startswith(f"{here}."):
+                return alone + tensor.removeprefix(here)
+        return tensor
 
     @cached_property
     def _weights(self) -> Mapping[str, tuple[Branch, Writer]]:

@@ -6,11 +6,12 @@ llama.cpp's loader (`src/models/<arch>.cpp`, commit 0c1e57098), and every row pa
 the same tests through the disk (tests/test_archs.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from bake.arch import Arch, BiasSlot, Branch, Writer
 from bake.errors import ArchitectureError
+from bake.wrappers import SECTION, text_numbers, wrapped
 
 __all__ = ["ARCHS", "find_arch"]
 
@@ -321,7 +322,23 @@ _QWEN3_NEXT = replace(
     ),
     ignored=r"mtp\.",
 )
-_QWEN3_5_MOE = replace(_QWEN3_NEXT, model_type="qwen3_5_moe_text", gguf_architecture="qwen35moe")
+# Published files have one tensor for all experts, [experts, d_out, d_in], as the class has.
+_QWEN3_5_MOE = replace(
+    _QWEN3_NEXT,
+    model_type="qwen3_5_moe_text",
+    gguf_architecture="qwen35moe",
+    branches=(
+        *_QWEN3_NEXT.branches[:2],
+        replace(
+            _QWEN3_NEXT.branches[2],
+            writers=(
+                *_QWEN3_NEXT.branches[2].writers,
+                Writer("mlp.experts.down_proj", suffixes=("", "_bias")),
+            ),
+        ),
+    ),
+    readers=(*_QWEN3_NEXT.readers, "mlp.experts.gate_up_proj"),
+)
 _QWEN3_5 = replace(
     _QWEN3_NEXT,
     model_type="qwen3_5_text",
@@ -474,12 +491,22 @@ REFUSED: Mapping[str, str] = {
 }
 
 
-def find_arch(config: Mapping[str, object], where: str) -> Arch:
+def find_arch(config: Mapping[str, object], where: str, names: Iterable[str] = ()) -> Arch:
     """The row for a config.json, read from `where`.
 
-    Raises ArchitectureError when its `model_type` is outside the table.
+    For a multimodal checkpoint, which is known by its text_config, it is the row of the
+    text model inside, at the place that the tensors' `names` show. Raises
+    ArchitectureError when the `model_type` is outside the table.
     """
     model_type = config.get("model_type")
+    if model_type in ARCHS or not isinstance(config.get(SECTION), dict):
+        return _row(model_type, where)
+    numbers = text_numbers(config, where)
+    row = _row(numbers.get("model_type"), f"{where}: {SECTION}")
+    return wrapped(row, numbers, names, where)
+
+
+def _row(model_type: object, where: str) -> Arch:
     if isinstance(model_type, str) and model_type in REFUSED:
         raise ArchitectureError(f"{where}: model_type '{model_type}': {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in ARCHS:

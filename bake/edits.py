@@ -68,7 +68,7 @@ class CreatedTensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What one entry of a recipe's `edits` changes: tensors, new tensors, config keys.
+    """What one entry of a recipe's `edits` changes: tensors, new tensors, config.json by path.
 
     `notes` say what the plan chose, and why.
     """

@@ -1,11 +1,15 @@
 """A live model: loaded through transformers, spoken to through its chat template."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from bake.arch import Arch
@@ -25,7 +29,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class LiveModel:
-    """A causal language model with its tokenizer and its row of the architecture table."""
+    """A language model with its tokenizer and its row of the architecture table."""
 
     model: Any
     tokenizer: Any
@@ -37,18 +41,28 @@ class LiveModel:
 
         Without a dtype it is the checkpoint's own, or float32 where the processor has
         no fast arithmetic in that. Raises CheckpointError when transformers cannot load
-        it, when tensors of the file find no place in the class, or when there is no
-        chat template.
+        it, when tensors of the file find no place in the class, when a wrapper's text
+        model is not of the row's class, or when there is no chat template.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import (
+            CONFIG_MAPPING,
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_MAPPING,
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForMultimodalLM,
+        )
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            loader = AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+            model, report = loader.from_pretrained(
                 folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = _tokenizer(folder)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
@@ -59,30 +73,64 @@ class LiveModel:
                     f"{folder}: transformers reports {kind.replace('_', ' ')}: {names[0]}"
                     + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 )
-        if tokenizer.chat_template is None:
+        live = cls(model, tokenizer, arch)
+        decoder = type(live.decoder)
+        if decoder is not MODEL_MAPPING.get(CONFIG_MAPPING[arch.model_type], None):
+            raise CheckpointError(
+                f"{folder}: its text model is a {decoder.__name__}, which is not the class of "
+                f"model_type '{arch.model_type}' in bake's table"
+            )
+        if live.tokenizer.chat_template is None:
             raise CheckpointError(
                 f"{folder}: the tokenizer has no chat template; bake steers chat models"
             )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
         if dtype is None and not _fast(model.dtype):
             model.float()
         model.eval()
-        return cls(model, tokenizer, arch)
+        return live
+
+    @property
+    def decoder(self) -> Any:
+        """The stack of blocks with its embedding, wherever a wrapper has it."""
+        return self.model.get_decoder().base_model
+
+    def module(self, name: str) -> nn.Module:
+        """The module that has this name on disk: transformers moves text models on loading."""
+        found: nn.Module = self.decoder.get_submodule(name.removeprefix(f"{self.arch.root}."))
+        return found
 
     def render(self, prompt: str) -> list[int]:
-        """The token ids of one user turn, up to where the assistant's answer begins."""
-        ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+        """The token ids of one user turn, up to where the assistant's answer begins.
+
+        Raises CheckpointError when the chat template leaves the prompt out.
+        """
+        return list(self._templated(prompt, self._takes_parts, tokenize=True))
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template wants a list of parts, as some of multimodal models do.
+
+        Those leave a plain string out without a word.
+        """
+        for parts in (False, True):
+            with suppress(TemplateError, TypeError):
+                one, two = (self._templated(text, parts, tokenize=False) for text in ("one", "two"))
+                if one != two:
+                    return parts
+        raise CheckpointError(f"{self.tokenizer.name_or_path}: its chat template drops the prompt")
+
+    def _templated(self, prompt: str, parts: bool, *, tokenize: bool) -> Any:
+        content = [{"type": "text", "text": prompt}] if parts else prompt
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
             add_generation_prompt=True,
+            tokenize=tokenize,
             return_dict=False,
         )
-        return list(ids)
 
     def block(self, layer: int) -> nn.Module:
         """The decoder block of a layer."""
-        found: nn.Module = self.model.get_submodule(self.arch.layer.format(layer=layer))
-        return found
+        return self.module(self.arch.layer.format(layer=layer))
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits [batch, length, vocabulary] in float32; rows of padding mean nothing."""
@@ -158,6 +206,19 @@ def batches(sequences: Sequence[Sequence[int]], padding: int, batch_size: int) -
             ids[place, length - len(sequence) :] = sequence
             mask[place, length - len(sequence) :] = 1
         yield Batch(ids, mask, rows)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer, with the chat template of older processors where it has none itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    beside = folder / "chat_template.json"
+    if tokenizer.chat_template is None and beside.exists():
+        tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _positions(mask: Tensor) -> Tensor:

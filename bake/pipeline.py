@@ -67,7 +67,7 @@ def prepare(recipe: Recipe) -> Prepared:
     texts = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
     source = find_source(recipe)
     base = Checkpoint.open(source.folder)
-    arch = find_arch(base.config, str(source.folder / "config.json"))
+    arch = find_arch(base.config, str(source.folder / "config.json"), base.tensors)
     plan = make_plan(recipe, base, arch)
     gguf = GGUFFile.open(source.gguf) if source.gguf else None
     if gguf:

@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def config(self) -> Mapping[str, object]:
-        """The keys of config.json that change."""
+        """What changes in config.json, by path."""
         return {key: value for step in self.steps for key, value in step.config.items()}
 
     def as_json(self) -> dict[str, object]:

@@ -10,6 +10,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -43,8 +45,8 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Write the edited checkpoint into the empty `folder`.
 
-    `edits` are keyed by tensor name; `config` holds the config.json keys that
-    change. `progress` receives the number of bytes written since the last call.
+    `edits` are keyed by tensor name; `config` holds what changes in config.json, keyed
+    by paths joined by dots. `progress` receives the number of bytes written since the last call.
     Returns the SHA-256 of every file written. Raises CheckpointError for an edit
     of a tensor that is missing or of a type that cannot be edited, and
     OutputError when the disk is full or not writable.
@@ -73,13 +75,16 @@ def write_checkpoint(
 
 
 def write_config(source: Path, changes: Mapping[str, object], target: Path) -> None:
-    """Copy a config.json with some keys changed; all others keep their order and value.
+    """Copy a config.json with some values changed; all others keep their order and value.
 
+    A path such as `text_config.attention_bias` leads into a section.
     transformers drops keys that converters read when it saves a config, so the
     original JSON is edited instead (RUNTIMES.md 6.3).
     """
     config = json.loads(source.read_text(encoding="utf-8"))
-    config.update(changes)
+    for path, value in changes.items():
+        *sections, key = path.split(".")
+        reduce(getitem, sections, config)[key] = value
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     target.write_text(text, encoding="utf-8")
 

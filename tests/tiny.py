@@ -1,14 +1,15 @@
 """Tiny random models, built from transformers' own config classes and saved to disk."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -104,6 +105,72 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"full_attn_idxs": [1], "block_ff_dim": 32, "block_auto_adjust_ff_dim": False},
 }
+_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+        "num_position_embeddings": 4,
+    }
+}
+# Multimodal wrappers: the model type of the text model, and what else the config needs.
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vision_config": {"model_type": "siglip_vision_model"} | _VISION,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "mistral3": (
+        "mistral",
+        {"vision_config": {"model_type": "pixtral", "head_dim": 8} | _VISION},
+    ),
+    "llava": ("llama", {"vision_config": {"model_type": "clip_vision_model"} | _VISION}),
+    "qwen3_5": ("qwen3_5_text", _QWEN_VISION),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN_VISION),
+    "idefics3": ("llama", {"vision_config": _VISION}),
+    # Its vision tower has blocks with a self_attn.out_proj too.
+    "lfm2_vl": ("lfm2", {"vision_config": {"model_type": "siglip2_vision_model"} | _VISION}),
+    "granite_speech": (
+        "granite",
+        {
+            "encoder_config": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "dim_head": 8},
+            "projector_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "encoder_hidden_size": 16,
+            },
+            "has_lora_adapter": False,
+        },
+    ),
+    "qwen2_audio": (
+        "qwen2",
+        {
+            "audio_config": {
+                "d_model": 16,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 16,
+            }
+        },
+    ),
+}
 TEMPLATE = (
     "{% for message in messages %}<s> {{ message.role }} {{ message.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
@@ -122,15 +189,42 @@ def write_tiny(
     sizes = SIZES | TINY[model_type] | changes
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes))
+    _draw(model)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    write_tokenizer(folder)
+
+
+def write_wrapper(
+    model_type: str, folder: Path, rename: Callable[[str], str] = str, **changes: Any
+) -> None:
+    """Save a tiny random wrapper whole, its tensors renamed; `changes` are of its text model."""
+    text, others = WRAPPERS[model_type]
+    inner = SIZES | TINY[text] | {"model_type": text} | changes
+    torch.manual_seed(0)
+    tied = inner["tie_word_embeddings"]
+    config = CONFIG_MAPPING[model_type](text_config=inner, tie_word_embeddings=tied, **others)
+    model = AutoModelForMultimodalLM.from_config(config)
+    _draw(model)
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = {rename(name): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    write_tokenizer(folder)
+
+
+def _draw(model: torch.nn.Module) -> None:
     with torch.no_grad():
         # The default initialisation is so small that every edit would look exact.
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    _tokenizer(["<unk>", "<s>", "</s>", "user", "assistant"]).save_pretrained(folder)
 
 
-def _tokenizer(special: Iterable[str]) -> PreTrainedTokenizerFast:
+def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
+    """Save the tokenizer of 96 words with a chat template."""
+    _tokenizer(["<unk>", "<s>", "</s>", "user", "assistant"], template).save_pretrained(folder)
+
+
+def _tokenizer(special: Iterable[str], template: str | None) -> PreTrainedTokenizerFast:
     words = [*special, *(f"w{number}" for number in range(91))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -140,5 +234,5 @@ def _tokenizer(special: Iterable[str]) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="</s>",
         unk_token="<unk>",
-        chat_template=TEMPLATE,
+        chat_template=template,
     )

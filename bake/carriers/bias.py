@@ -47,7 +47,7 @@ def _refusal(one: Written, runtimes: set[str]) -> str:
 
 
 def _carried(base: Checkpoint, arch: Arch, one: Written) -> Carried:
-    multiplier = one.branch.multiplier(base.config)
+    multiplier = one.branch.multiplier(arch.numbers(base.config))
     branch = arch.block_module(one.layer, one.branch.module)
     if one.bias:
         info = base.find(one.bias)
@@ -70,5 +70,5 @@ def _carried(base: Checkpoint, arch: Arch, one: Written) -> Carried:
         multiplier,
         branch,
         created=tuple(created),
-        config={slot.switch: True},
+        config={arch.switch(slot.switch): True},
     )

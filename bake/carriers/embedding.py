@@ -18,7 +18,7 @@ def embedding_carrier(base: Checkpoint, arch: Arch) -> Carried:
 
     Raises ArchitectureError for a tied embedding under a logit softcap.
     """
-    if arch.tied(base.tensors) and base.config.get("final_logit_softcapping"):
+    if arch.tied(base.tensors) and arch.numbers(base.config).get("final_logit_softcapping"):
         raise ArchitectureError(
             f"model_type '{arch.model_type}': the embedding is tied and the logits are capped, so "
             "a vector on its rows would change the probabilities"

@@ -29,7 +29,7 @@ def ridge_carrier(base: Checkpoint, arch: Arch, layer: int, site: Site) -> Carri
             one.weight,
             info.shape,
             info.dtype,
-            one.branch.multiplier(base.config),
+            one.branch.multiplier(arch.numbers(base.config)),
             arch.block_module(layer, one.branch.module),
             one.writer.axis,
         )

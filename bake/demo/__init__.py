@@ -85,7 +85,7 @@ def _write(staging: Path) -> None:
     checkpoint = Checkpoint.open(base)
     edits = adapter_edits()
     write_checkpoint(checkpoint, {edit.tensor: [edit] for edit in edits}, (), {}, made / "model")
-    arch = find_arch(checkpoint.config, "demo")
+    arch = find_arch(checkpoint.config, "demo", checkpoint.tensors)
     moved = [gguf_edit(edit, arch, checkpoint.config) for edit in edits]
     patch(
         GGUFFile.open(base_gguf()),

@@ -44,7 +44,7 @@ def with_constants(
     """
     taps = {
         one.carried.tensor: Tap(
-            model.model.get_submodule(one.carried.tensor.removesuffix(".weight")),
+            model.module(one.carried.tensor.removesuffix(".weight")),
             *("input", "decision", "second"),
         )
         for _, one in built

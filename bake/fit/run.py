@@ -177,7 +177,7 @@ def _taps(
         keep = "mean" if recipe.fit.estimator == "mean-difference" else ridge
         taps[layer] = Tap(model.block(layer), "output", "last", keep)
     for module in probed:
-        taps[module] = Tap(model.model.get_submodule(module), "input", "decision", "second")
+        taps[module] = Tap(model.module(module), "input", "decision", "second")
     return taps
 
 

@@ -65,7 +65,7 @@ class Ablate:
         """Hook the output of every module."""
         for cut in self.cuts:
             yield on_output(
-                model.model.get_submodule(cut.module),
+                model.module(cut.module),
                 lambda output, _, basis=cut.basis: self._without(output, basis),
             )
 

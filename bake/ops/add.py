@@ -42,7 +42,7 @@ class Add:
         elif self.site == "out":
             yield on_output(model.block(self.layer), lambda h, _: h + self.vector.to(h.dtype))
         else:
-            branch = model.model.get_submodule(self.carried.branch)
+            branch = model.module(self.carried.branch)
             yield on_output(branch, lambda y, _: y + self._written.to(y.dtype))
 
     def edits(self) -> Sequence[Edit]:

@@ -43,7 +43,7 @@ class Gate:
             opening = a @ self.probe.to(a.dtype)
             return output + opening.unsqueeze(-1) * self.vector.to(output.dtype)
 
-        yield on_output(model.model.get_submodule(self.module), change)
+        yield on_output(model.module(self.module), change)
 
     def edits(self) -> Sequence[Edit]:
         """One rank-one write."""
@@ -94,7 +94,7 @@ class GateOperator:
         gates = []
         for writers in arch.written(edit.tensor for edit in step.edits).values():
             for one in writers:
-                multiplier = one.branch.multiplier(measured.base.config)
+                multiplier = one.branch.multiplier(arch.numbers(measured.base.config))
                 vector = (share / multiplier * measured.directions[one.layer]).float()
                 probe = measured.probe(one.module, spec.ridge).float()
                 gates.append(Gate(one.module, vector, probe, one.writer.axis))
