@@ -6,7 +6,7 @@ knows the invariant that it promises, so that what was written can be measured.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,15 @@ __all__ = [
     "Edit",
     "LowRank",
     "PlannedEdit",
+    "RemoveKeepingNorms",
     "RemoveSubspace",
     "Step",
     "apply_all",
+    "rescaling",
 ]
+
+# What is left of a column that lies in the removed span is rounding, and stays as small.
+NOTHING_LEFT: Final = 1e-3
 
 
 class Edit(Protocol):
@@ -70,13 +75,15 @@ class CreatedTensor:
 class Step:
     """What one entry of a recipe's `edits` changes: tensors, new tensors, config.json by path.
 
-    `notes` say what the plan chose, and why.
+    `notes` say what the plan chose, and why. The hooks of a step with `reads_base` read the
+    weights of the base, so no step before it may have edited its tensors.
     """
 
     edits: tuple[PlannedEdit, ...]
     created: tuple[CreatedTensor, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    reads_base: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +143,60 @@ class RemoveSubspace:
         return weight - self.strength * ((weight @ self.basis) @ self.basis.T)
 
     def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
-        written, kept = self._component(after), self._component(before)
+        written, kept = self.component(after), self.component(before)
         return float((written - (1 - self.strength) * kept).norm() / kept.norm().clamp_min(1e-30))
 
-    def _component(self, weight: Tensor) -> Tensor:
+    def component(self, weight: Tensor) -> Tensor:
+        """Rᵀ W, or W R: what the tensor writes along the basis."""
         return self.basis.T @ weight if self.axis == -2 else weight @ self.basis
+
+
+@dataclass(frozen=True, eq=False)
+class RemoveKeepingNorms:
+    """`RemoveSubspace`, then every column at its old norm again: W' = (I - λ R Rᵀ) W S.
+
+    A column w [out] is what one input writes; with `axis` -1 it is a row. S is diagonal
+    with s = |w| / |w - λ R Rᵀ w|, so Rᵀ W' = 0 stays exact for λ = 1. The residual is the
+    larger of |Rᵀ W' - (1 - λ) Rᵀ W S| / |Rᵀ W| and the relative error of all column norms
+    (norm-preserving ablation, grimjim 2025, https://github.com/jim-plus/llm-abliteration).
+    """
+
+    tensor: str
+    basis: Tensor
+    strength: float = 1.0
+    axis: Literal[-2, -1] = -2
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
+        left = self._plain.apply(weight)
+        return left * rescaling(weight, left, self.axis)
+
+    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
+        left = self._plain.apply(before)
+        scale = rescaling(before, left, self.axis)
+        # Where nothing is left, nothing is rescaled: the norm is what plain leaves.
+        wanted = torch.where(
+            scale == 1,
+            left.norm(dim=self.axis, keepdim=True),
+            before.norm(dim=self.axis, keepdim=True),
+        )
+        norms = _relative(after.norm(dim=self.axis, keepdim=True), wanted)
+        written = self._plain.component(after)
+        kept = self._plain.component(before)
+        wrong = written - (1 - self.strength) * kept * scale
+        return max(norms, float(wrong.norm() / kept.norm().clamp_min(1e-30)))
+
+    @property
+    def _plain(self) -> RemoveSubspace:
+        return RemoveSubspace(self.tensor, self.basis, self.strength, self.axis)
+
+
+def rescaling(before: Tensor, left: Tensor, axis: Literal[-2, -1]) -> Tensor:
+    """What brings the columns along `axis` of `left` to the norms they had `before`; 1 if lost.
+
+    A column is lost when next to nothing of it is left, and a zero column always is.
+    """
+    wanted, found = (each.norm(dim=axis, keepdim=True) for each in (before, left))
+    return torch.where(found > NOTHING_LEFT * wanted, wanted / found, 1.0)
 
 
 def apply_all(edits: Iterable[Edit], weight: Tensor) -> Tensor:

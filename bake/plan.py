@@ -4,13 +4,13 @@ A plan refuses what cannot be baked before any weight is touched; its numbers
 come from the fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from bake.arch import Arch
 from bake.checkpoint import EDITABLE, Checkpoint
 from bake.edits import CreatedTensor, PlannedEdit, Step
-from bake.errors import CheckpointError, GGUFError
+from bake.errors import ArchitectureError, CheckpointError, GGUFError
 from bake.gguf_file import GGUFFile
 from bake.ops import OPERATORS
 from bake.recipe import Recipe
@@ -75,15 +75,16 @@ class Plan:
 def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
     """Plan a recipe for a checkpoint, reading nothing but headers.
 
-    Raises ArchitectureError for tensors outside the table, layers out of range and
-    carriers that the architecture lacks, CheckpointError for types that cannot be
-    edited.
+    Raises ArchitectureError for tensors outside the table, layers out of range,
+    carriers that the architecture lacks and edits in an order that has no hooks,
+    CheckpointError for types that cannot be edited.
     """
     arch.check_tensors(base.tensors, base.config)
     steps = tuple(
         OPERATORS[spec.op].plan(spec, base, arch, f"edits.{number}", recipe.runtimes)
         for number, spec in enumerate(recipe.edits)
     )
+    _check_order(steps)
     plan = Plan(arch.model_type, arch.layer_count(base.config), arch.width(base.config), steps)
     for edit in plan.edits:
         if edit.dtype not in EDITABLE:
@@ -91,6 +92,19 @@ def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
                 f"{base.folder}: {edit.tensor} is {edit.dtype}; give an unquantised checkpoint"
             )
     return plan
+
+
+def _check_order(steps: Iterable[Step]) -> None:
+    """Refuse a step whose hooks read the base's weights after another one has edited those."""
+    edited: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        for edit in step.edits:
+            if step.reads_base and edit.tensor in edited:
+                raise ArchitectureError(
+                    f"edits.{number}: {edit.tensor} is edited by edits.{edited[edit.tensor]} "
+                    "already, and this edit reads the base's weights; name it first"
+                )
+        edited |= {edit.tensor: number for edit in step.edits}
 
 
 def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None:

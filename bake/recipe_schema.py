@@ -36,6 +36,7 @@ __all__ = [
     "Gate",
     "Guard",
     "JudgeChoice",
+    "Kernel",
     "Positions",
     "PromptRoles",
     "PromptSource",
@@ -184,6 +185,16 @@ class Add(_Section):
     )
 
 
+class Kernel(_Section):
+    """How the strength falls, in a straight line, with the distance from one block."""
+
+    peak: Layer = Field(description="The block that is edited at full strength.")
+    width: int = Field(
+        ge=1, le=1000, description="The distance in blocks behind which no block is edited."
+    )
+    edge: float = Field(default=0.0, ge=-2, le=2, description="The strength at that distance.")
+
+
 class Ablate(_Section):
     """Take the direction out of everything that the chosen blocks write."""
 
@@ -195,6 +206,43 @@ class Ablate(_Section):
     embeddings: bool = Field(
         default=False, description="Whether the token embedding is edited too."
     )
+    variant: Literal["plain", "norm-preserving", "projected", "affine"] = Field(
+        default="plain",
+        description="`norm-preserving` keeps the norm of every matrix column; the contrast "
+        "class's mean is kept out of the direction by `projected`, put back by `affine`.",
+    )
+    kernel: Kernel | None = Field(
+        default=None, description="How the strength varies over the blocks; constant if null."
+    )
+
+    @property
+    def strengths(self) -> dict[int, float]:
+        """The strength of every layer that is edited: one of strength 0 under a kernel is not."""
+        if self.kernel is None:
+            return dict.fromkeys(self.layers, self.strength)
+        found = {}
+        for layer in self.layers:
+            share = abs(layer - self.kernel.peak) / self.kernel.width
+            strength = (1 - share) * self.strength + share * self.kernel.edge
+            if share <= 1 and strength:
+                found[layer] = strength
+        return found
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Ablate":
+        findings: list[tuple[tuple[str | int, ...], str]] = []
+        if self.kernel and self.variant == "affine":
+            message = "variant: affine puts one constant back, for one strength; leave this out"
+            findings.append((("kernel",), message))
+        if self.kernel and self.embeddings:
+            message = "the embedding is no block, so the kernel has no strength for it; set false"
+            findings.append((("embeddings",), message))
+        if not self.strengths:
+            message = "no strength is left for any of the layers; move the peak or widen it"
+            findings.append((("kernel",), message))
+        if findings:
+            raise ContradictionError(findings)
+        return self
 
 
 class Gate(_Section):

@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging
 
 from bake.demo import Demo, materialise
@@ -20,6 +21,9 @@ from tests.tiny import TINY, write_tiny
 
 torch.set_num_threads(2)
 logging.disable_progress_bar()
+# The first example of a property also pays for torch's start, on a busy machine dearly.
+settings.register_profile("bake", deadline=None)
+settings.load_profile("bake")
 
 
 @pytest.fixture(scope="session", params=sorted(TINY))

@@ -41,14 +41,15 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 def measured(base: Checkpoint) -> Measured:
-    """A fit that found a direction at every layer and a probe at every writer."""
+    """A fit that found a direction and a mean at every layer and a probe at every writer."""
 
     @cache
     def probe(module: str, ridge: float) -> Tensor:
         shape = base.find(f"{module}.weight").shape
         return drawn(len(module) + sum(map(ord, module)), shape[1])
 
-    return Measured({layer: drawn(layer, 32) for layer in range(8)}, probe, base)
+    directions = {layer: drawn(layer, 32) for layer in range(8)}
+    return Measured(directions, probe, base, {layer: drawn(50 + layer, 32) for layer in range(8)})
 
 
 def interventions(base: Checkpoint, arch: Arch, recipe: Recipe) -> list[Intervention]:
@@ -61,11 +62,17 @@ def interventions(base: Checkpoint, arch: Arch, recipe: Recipe) -> list[Interven
     ]
 
 
-def baked(base: Checkpoint, arch: Arch, recipe: Recipe, output: Path) -> LiveModel:
+def baked(
+    base: Checkpoint,
+    arch: Arch,
+    recipe: Recipe,
+    output: Path,
+    built: Sequence[Intervention] | None = None,
+) -> LiveModel:
     """Bake the recipe and load the result with stock classes."""
     plan = make_plan(recipe, base, arch)
     made: dict[str, list[Edit]] = {}
-    for one in interventions(base, arch, recipe):
+    for one in built or interventions(base, arch, recipe):
         for edit in one.edits():
             made.setdefault(edit.tensor, []).append(edit)
     assert set(made) == {edit.tensor for edit in plan.edits}
@@ -141,7 +148,7 @@ def test_a_basis_of_three_directions_at_half_strength(tiny: Path, tmp_path: Path
         if name
     ]
     basis = orthonormal(drawn(9, 3, 32))
-    ablation = Ablate(cuts(basis, names, measured(base), arch, embeddings=False), 0.5)
+    ablation = Ablate(cuts(basis, names, measured(base), arch, {0: 0.5, 1: 0.5}))
     made = {edit.tensor: [edit] for edit in ablation.edits()}
     output = tmp_path / "out"
     output.mkdir()

@@ -15,7 +15,14 @@ from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bake.edits import AddVector, Edit, LowRank, RemoveSubspace, apply_all
+from bake.edits import (
+    AddVector,
+    Edit,
+    LowRank,
+    RemoveKeepingNorms,
+    RemoveSubspace,
+    apply_all,
+)
 from bake.errors import GGUFError, OutputError, VerificationError
 from bake.export.gguf import WRITABLE_TYPES, PatchedTensor, compare, patch, written_type
 from bake.gguf_file import GGUFFile, GGUFTensor
@@ -232,6 +239,18 @@ def test_composed_edits_are_each_measured(base: GGUFFile, tmp_path: Path) -> Non
     (report,) = patch(base, {name: edits}, output, edited_type=Q8_0)
     assert report.residual < 1e-6
     assert edits[0].residual(base.read(name), GGUFFile.open(output).read(name)) > 0.5
+
+
+def test_norms_are_kept_in_8_bits(base: GGUFFile, tmp_path: Path) -> None:
+    name = "blk.2.ffn_down.weight"
+    before, edit = base.read(name), RemoveKeepingNorms(name, basis(256))
+    (report,) = patch(base, {name: [edit]}, tmp_path / "out.gguf", edited_type=Q8_0)
+    after = GGUFFile.open(tmp_path / "out.gguf").read(name)
+    assert report.residual == pytest.approx(edit.residual(before, after), rel=1e-3)
+    assert report.residual < 2e-2
+    norms = after.norm(dim=0) / before.norm(dim=0)
+    plain = RemoveSubspace(name, basis(256)).apply(before).norm(dim=0) / before.norm(dim=0)
+    assert float((norms - 1).abs().mean()) < 0.2 * float((plain - 1).abs().mean())
 
 
 @pytest.mark.parametrize("name", ["blk.1.attn_output.weight", "blk.0.ffn_down.weight"])

@@ -17,6 +17,7 @@ from bake.recipe import (
     Add,
     Gate,
     GGUFExport,
+    Kernel,
     PromptSource,
     Recipe,
     load_recipe,
@@ -87,6 +88,44 @@ def test_every_operator_is_read(tmp_path: Path) -> None:
         Ablate(op="ablate", layers=(3, 9), strength=0.5, embeddings=True),
         Gate(op="gate", layers=(4,), sites=("mlp",), strength=2.0, ridge=1e-3),
     )
+
+
+def test_every_variant_of_an_ablation_is_read(tmp_path: Path) -> None:
+    text = PLAIN + (
+        "edits:\n"
+        "- {op: ablate, layers: 3, variant: norm-preserving}\n"
+        "- {op: ablate, layers: 3, variant: projected, embeddings: true}\n"
+        "- {op: ablate, layers: 3, variant: affine, strength: 0.5}\n"
+        "- {op: ablate, layers: 3, variant: plain, kernel: {peak: 4, width: 2}}\n"
+    )
+    assert load_recipe(write(tmp_path, text)).recipe.edits == (
+        Ablate(op="ablate", layers=(3,), variant="norm-preserving"),
+        Ablate(op="ablate", layers=(3,), variant="projected", embeddings=True),
+        Ablate(op="ablate", layers=(3,), variant="affine", strength=0.5),
+        Ablate(op="ablate", layers=(3,), kernel=Kernel(peak=4, width=2, edge=0.0)),
+    )
+    assert Ablate(op="ablate", layers=(3,)).variant == "plain"
+
+
+@pytest.mark.parametrize(
+    ("strength", "kernel", "expected"),
+    [
+        (0.5, None, {2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.5, 9: 0.5}),
+        (0.0, None, {2: 0, 3: 0, 4: 0, 5: 0, 6: 0, 9: 0}),
+        # At the edge's own distance nothing is left, so nothing is edited there.
+        (1.0, Kernel(peak=4, width=2), {3: 0.5, 4: 1.0, 5: 0.5}),
+        (1.0, Kernel(peak=4, width=2, edge=0.5), {2: 0.5, 3: 0.75, 4: 1.0, 5: 0.75, 6: 0.5}),
+        # The peak need not be one of the layers, and the edge may be the higher end.
+        (0.0, Kernel(peak=7, width=2, edge=1.0), {5: 1.0, 6: 0.5, 9: 1.0}),
+        (1.0, Kernel(peak=4, width=2, edge=-1.0), {2: -1.0, 4: 1.0, 6: -1.0}),
+    ],
+)
+def test_the_strength_of_every_layer(
+    strength: float, kernel: Kernel | None, expected: dict[int, float]
+) -> None:
+    layers = (2, 3, 4, 5, 6, 9)
+    spec = Ablate(op="ablate", layers=layers, strength=strength, kernel=kernel)
+    assert spec.strengths == expected
 
 
 def test_a_prompt_source_may_be_a_bare_string_or_keep_its_set(tmp_path: Path) -> None:
@@ -280,6 +319,26 @@ def test_a_mistake_on_line_8(tmp_path: Path, line: str, expected: str) -> None:
         ("{op: ablate, layers: [1, x]}",
          "3:28: edits.0.layers.1: expected a whole number, found text 'x'"),
         ("{op: ablate, layers: -1}", "3:24: edits.0.layers.0: expected at least 0, found -1"),
+        ("{op: ablate, layers: 3, variant: projeted}",
+         "3:36: edits.0.variant: expected plain, norm-preserving, projected or affine, "
+         "found text 'projeted'; did you mean 'projected'?"),
+        ("{op: ablate, layers: 3, kernel: 4}",
+         "3:35: edits.0.kernel: expected a mapping, found 4"),
+        ("{op: ablate, layers: 3, kernel: {peak: 3}}",
+         "3:35: edits.0.kernel.width: this key is required"),
+        ("{op: ablate, layers: 3, kernel: {peak: 3, width: 0}}",
+         "3:52: edits.0.kernel.width: expected at least 1, found 0"),
+        ("{op: ablate, layers: 3, kernel: {peak: 3, width: 2, egde: 1}}",
+         "3:55: edits.0.kernel.egde: unknown key 'egde'; did you mean 'edge'?"),
+        ("{op: ablate, layers: 3, kernel: {peak: 5, width: 2}}",
+         "3:35: edits.0.kernel: no strength is left for any of the layers; move the peak or widen "
+         "it"),
+        ("{op: ablate, layers: 3, variant: affine, kernel: {peak: 3, width: 2}}",
+         "3:52: edits.0.kernel: variant: affine puts one constant back, for one strength; leave "
+         "this out"),
+        ("{op: ablate, layers: 3, embeddings: true, kernel: {peak: 3, width: 2}}",
+         "3:39: edits.0.embeddings: the embedding is no block, so the kernel has no strength for "
+         "it; set false"),
         ("{op: add, layer: 1, strength: '3'}",
          "3:33: edits.0.strength: expected a number, found text '3'"),
     ],

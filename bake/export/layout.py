@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from bake.arch import Arch
-from bake.edits import AddVector, Edit, LowRank, RemoveSubspace
+from bake.edits import AddVector, Edit, LowRank, RemoveKeepingNorms, RemoveSubspace
 from bake.errors import ArchitectureError
 
 __all__ = ["gguf_edit", "gguf_edits", "permuted_rows"]
@@ -47,7 +47,7 @@ def gguf_edit(edit: Edit, arch: Arch, config: Mapping[str, object]) -> Edit:
     factor = arch.gguf_factor(edit.tensor, config)
     turned = arch.is_transposed(edit.tensor)
     match edit:
-        case RemoveSubspace():
+        case RemoveSubspace() | RemoveKeepingNorms():
             return replace(edit, tensor=name, axis=-2 if turned else edit.axis)
         case AddVector():
             return replace(edit, tensor=name, vector=factor * edit.vector)

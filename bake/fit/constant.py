@@ -15,6 +15,8 @@ from bake.recipe import Add as Spec
 
 __all__ = ["Constant", "constant_error", "with_constants"]
 
+_DEFAULTS = Spec(op="add", layer=0, strength=0)
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -38,7 +40,8 @@ def with_constants(
 ) -> tuple[tuple[Intervention, ...], Mapping[str, Constant]]:
     """Give every ridge carrier its readout: c = argmin E (cᵀa - 1)² + λ |c|².
 
-    `built` are the interventions with the recipe's edits that they come from. The inputs a
+    `built` are the interventions with the recipe's edits that they come from; a constant of
+    `ablate` is fitted by the defaults of `add`. The inputs a
     are gathered with all of them in force, at every position, the first tokens included.
     Raises FitError when a constant is further from 1 on held-out text than its edit allows.
     """
@@ -58,18 +61,21 @@ def with_constants(
     ready: list[Intervention] = []
     errors: dict[str, Constant] = {}
     for spec, one in built:
-        if isinstance(spec, Spec) and isinstance(one, Add) and one.carried.tensor in taps:
+        if isinstance(one, Add) and one.carried.tensor in taps:
+            options, remedy = _DEFAULTS, "begin at another layer"
+            if isinstance(spec, Spec):
+                options, remedy = spec, "take another layer or site: mid"
             name = one.carried.tensor
             seen = ReadoutClass(fitted[name].mean, fitted[name].gram, 1.0)
-            readout = ridge_readout([seen], spec.ridge)
+            readout = ridge_readout([seen], options.ridge)
             errors[name] = Constant(
                 constant_error(readout, fitted[name]), constant_error(readout, tested[name])
             )
-            if not errors[name].held_out <= spec.constant_error:
+            if not errors[name].held_out <= options.constant_error:
                 raise FitError(
                     f"{name}: the ridge carrier's constant is {errors[name].held_out:.1%} from 1 "
-                    f"on held-out text, constant_error allows {spec.constant_error:.1%}; take "
-                    "another layer or site: mid"
+                    f"on held-out text, constant_error allows {options.constant_error:.1%}; "
+                    f"{remedy}"
                 )
             one = replace(one, readout=readout.float())
         ready.append(one)

@@ -103,7 +103,8 @@ def fit(
         return found
 
     directions = {layer: _direction(recipe, moments, layer) for layer in layers}
-    measured = Measured(directions, probe, base)
+    means = {layer: moments[recipe.fit.contrast][layer].mean for layer in layers}
+    measured = Measured(directions, probe, base, means)
     built = [
         (spec, one)
         for spec, step in zip(recipe.edits, plan.steps, strict=True)

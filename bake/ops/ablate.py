@@ -1,23 +1,29 @@
 """`ablate`: no writer of the chosen layers writes along the basis any more."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from bake.arch import Arch, Branch, Written
-from bake.checkpoint import Checkpoint
-from bake.edits import Edit, PlannedEdit, RemoveSubspace, Step
-from bake.errors import ArchitectureError
-from bake.hooks import Intervention, on_output
+from bake.arch import Arch, Axis, Branch, Written
+from bake.carriers import Site, carry
+from bake.checkpoint import Checkpoint, TensorInfo
+from bake.edits import Edit, PlannedEdit, Step
+from bake.errors import ArchitectureError, FitError
+from bake.fit.protect import without
+from bake.hooks import Intervention
 from bake.model import LiveModel
+from bake.ops.add import Add
+from bake.ops.cut import Cut, EmbeddingCutKeepingNorms, WriterCutKeepingNorms
 from bake.ops.operator import Measured
 from bake.recipe import Ablate as Spec
 
-__all__ = ["Ablate", "AblateOperator", "Cut", "behind_norm", "cuts", "orthonormal"]
+__all__ = ["Ablate", "AblateOperator", "behind_norm", "cuts", "orthonormal", "projected"]
+
+# Below this share of itself a direction is rounding.
+NOTHING_LEFT = 1e-3
 
 
 def orthonormal(directions: Tensor) -> Tensor:
@@ -38,72 +44,92 @@ def behind_norm(basis: Tensor, gain: Tensor) -> Tensor:
     return orthonormal((gain[:, None] * basis).T)
 
 
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """What is taken out of the output of one module: R = `basis` [d, k], orthonormal.
+def projected(direction: Tensor, mean: Tensor) -> Tensor:
+    """r - (r·μ) μ / |μ|² [d]: the direction made orthogonal to the answered class's mean.
 
-    `tensors` are the names that write the module's output, and their written axes.
+    The ablation then leaves what that class is on average. Raises FitError when nothing
+    of the direction is left. Source: grimjim 2025, "Projected Abliteration".
     """
-
-    module: str
-    basis: Tensor
-    tensors: tuple[tuple[str, Literal[-2, -1]], ...]
+    left = without(direction, mean)
+    if not left.norm() > NOTHING_LEFT * direction.norm():
+        raise FitError(
+            "variant: projected leaves nothing of the direction, which is that of the contrast "
+            "class's own mean; choose other layers or variant: plain"
+        )
+    return left
 
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
-    """y ← y - λ R Rᵀ y for the output y of every module of `cuts`.
+    """The outputs of the `cuts`' modules without their component along a basis.
 
-    With λ = 1, all layers and the embeddings, the stream has no component along R
+    With strength 1, all layers and the embeddings, the stream has no component along R
     anywhere (Arditi et al. 2024, arXiv:2406.11717, section 2.4).
     """
 
     cuts: tuple[Cut, ...]
-    strength: float = 1.0
 
     def attach(self, model: LiveModel) -> Iterable[RemovableHandle]:
         """Hook the output of every module."""
         for cut in self.cuts:
-            yield on_output(
-                model.module(cut.module),
-                lambda output, _, basis=cut.basis: self._without(output, basis),
-            )
+            yield cut.attach(model)
 
     def edits(self) -> Sequence[Edit]:
         """One edit a tensor."""
-        return [
-            RemoveSubspace(name, cut.basis, self.strength, axis)
-            for cut in self.cuts
-            for name, axis in cut.tensors
-        ]
-
-    def _without(self, output: Tensor, basis: Tensor) -> Tensor:
-        basis = basis.to(output.dtype)
-        return output - self.strength * ((output @ basis) @ basis.T)
+        return [edit for cut in self.cuts for edit in cut.edits()]
 
 
 def cuts(
-    basis: Tensor, names: Iterable[str], measured: Measured, arch: Arch, embeddings: bool
+    basis: Tensor,
+    names: Iterable[str],
+    measured: Measured,
+    arch: Arch,
+    strengths: Mapping[int, float],
+    embeddings: float | None = None,
+    keep_norms: bool = False,
 ) -> tuple[Cut, ...]:
-    """The cuts that take `basis` [d, k] out of what the tensors `names` write to the stream."""
+    """The cuts that take `basis` [d, k] out of what the tensors `names` write to the stream.
+
+    `strengths` are by layer, `embeddings` is theirs if they are cut too. With `keep_norms`
+    every writer's matrix keeps its norms by input column.
+    """
     branches: dict[tuple[int, Branch], list[Written]] = {}
     for layer, written in arch.written(names).items():
         for one in written:
             branches.setdefault((layer, one.branch), []).append(one)
-    found = []
+    found: list[Cut] = []
     for (layer, branch), writers in branches.items():
         own = basis
         if branch.norm:
             weight = measured.base.read(f"{arch.block_module(layer, branch.norm)}.weight").float()
             own = behind_norm(basis, branch.norm_offset + weight)
-        found.append(Cut(arch.block_module(layer, branch.module), own, _tensors(writers)))
-    if embeddings:
-        found += [Cut(name, basis, ((f"{name}.weight", -1),)) for name in arch.embeddings]
+        if keep_norms:
+            found += [
+                WriterCutKeepingNorms(one.module, own, _tensors([one]), strengths[layer])
+                for one in writers
+            ]
+        else:
+            module = arch.block_module(layer, branch.module)
+            found.append(Cut(module, own, _tensors(writers), strengths[layer]))
+    if embeddings is not None:
+        kind = EmbeddingCutKeepingNorms if keep_norms else Cut
+        found += [
+            kind(name, basis, ((f"{name}.weight", -1),), embeddings) for name in arch.embeddings
+        ]
     return tuple(found)
 
 
 class AblateOperator:
-    """`op: ablate`: one direction, out of every writer of the chosen layers."""
+    """`op: ablate`: one direction, out of every writer of the chosen layers.
+
+    `affine` is the map h ← h - λ R Rᵀ h + λ R Rᵀ μ of ACE (Marshall et al. 2024,
+    arXiv:2411.09003) with μ the contrast class's mean where the direction was measured: the
+    writers are cut as in `plain`, and λ R Rᵀ μ is added to the stream once, before anything
+    reads what the first cut writer wrote. That is after the attention of the first layer, or
+    after all of it where blocks are parallel, or on the embedding where that is cut too.
+    With strength 1 the stream from there on is R Rᵀ μ along R, plus what writers that are
+    not cut write along R: with all layers and the embeddings, nothing.
+    """
 
     def plan(
         self, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
@@ -111,14 +137,20 @@ class AblateOperator:
         """The writers' weights, the biases that they have, and on demand the embeddings.
 
         Raises ArchitectureError for the embedding of a tied model, which is its
-        unembedding too.
+        unembedding too, for experts that are to keep their norms, and where nothing can
+        carry the constant of `affine`.
         """
         arch.check_layers(spec.layers, base.config, f"{place}.layers")
+        if spec.kernel:
+            arch.check_layers((spec.kernel.peak,), base.config, f"{place}.kernel.peak")
         written = arch.written(base.tensors)
-        edits = []
-        for layer in spec.layers:
+        keep_norms = spec.variant == "norm-preserving"
+        edits, notes = [], []
+        for layer in spec.strengths:
             for one in written[layer]:
                 names = (one.weight, one.bias) if one.bias else (one.weight,)
+                if keep_norms:
+                    _check_writer(one, base.find(one.weight), place)
                 edits += [_planned(base, layer, one.branch.site, name) for name in names]
         if spec.embeddings:
             if arch.tied(base.tensors):
@@ -129,11 +161,20 @@ class AblateOperator:
             edits += [
                 _planned(base, None, "embedding", f"{name}.weight") for name in arch.embeddings
             ]
-        return Step(tuple(edits))
+        if spec.variant != "plain":
+            notes.append(f"{place}: {spec.variant} ablation")
+        if spec.kernel:
+            by_layer = ", ".join(f"{layer}: {one:.3g}" for layer, one in spec.strengths.items())
+            notes.append(f"{place}: strength by layer {by_layer}")
+        step = Step(tuple(edits), notes=tuple(notes), reads_base=keep_norms)
+        if spec.variant != "affine":
+            return step
+        return _with_constant(step, spec, base, arch, place, runtimes)
 
     def layers(self, spec: Spec) -> tuple[int, ...]:
-        """One direction serves all: that of the middle of the chosen layers."""
-        return (spec.layers[len(spec.layers) // 2],)
+        """One direction serves all: that of the middle of the edited layers."""
+        edited = tuple(spec.strengths)
+        return (edited[len(edited) // 2],)
 
     def probed(self, step: Step) -> tuple[str, ...]:
         """None."""
@@ -142,10 +183,55 @@ class AblateOperator:
     def build(
         self, spec: Spec, step: Step, measured: Measured, arch: Arch
     ) -> tuple[Intervention, ...]:
-        """One intervention over all writers."""
-        basis = orthonormal(measured.directions[self.layers(spec)[0]][None])
-        names = [edit.tensor for edit in step.edits]
-        return (Ablate(cuts(basis, names, measured, arch, spec.embeddings), spec.strength),)
+        """One intervention over all writers, and for `affine` the constant's."""
+        (layer,) = self.layers(spec)
+        direction = measured.directions[layer]
+        if spec.variant == "projected":
+            direction = projected(direction, measured.means[layer])
+        basis = orthonormal(direction[None])
+        names = [edit.tensor for edit in step.edits if edit.operator == "ablate"]
+        embeddings = spec.strength if spec.embeddings else None
+        keep_norms = spec.variant == "norm-preserving"
+        found = cuts(basis, names, measured, arch, spec.strengths, embeddings, keep_norms)
+        ablation = Ablate(found)
+        if spec.variant != "affine":
+            return (ablation,)
+        kept = spec.strength * (basis @ (basis.T @ measured.means[layer].float()))
+        at, site = _constant_site(spec, arch, measured.base)
+        carried, _ = carry(measured.base, arch, at, site, step.edits[-1].carrier, ())
+        return (ablation, Add(at, site, kept, carried))
+
+
+def _with_constant(
+    step: Step, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
+) -> Step:
+    """The step with the carrier of the constant that `affine` adds, as its last edit."""
+    layer, site = _constant_site(spec, arch, base)
+    instead = "variant: plain" if spec.embeddings else "embeddings: true, or variant: plain"
+    remedy = f"{place}.variant: affine adds a constant there; set {instead}"
+    found, why = carry(base, arch, layer, site, "auto", runtimes, remedy)
+    edit = PlannedEdit(*("add", found.carrier, layer, site, found.tensor, found.shape, found.dtype))
+    note = (
+        f"{place}: the constant goes to site {site} of layer {layer}, "
+        f"{found.carrier} carrier ({why})"
+    )
+    return Step((*step.edits, edit), found.created, found.config, (*step.notes, note))
+
+
+def _constant_site(spec: Spec, arch: Arch, base: Checkpoint) -> tuple[int, Site]:
+    """Where the constant of `affine` joins the stream: where the first cut writer does."""
+    if spec.embeddings:
+        return 0, "in"
+    return spec.layers[0], "out" if arch.is_parallel(base.config) else "mid"
+
+
+def _check_writer(one: Written, info: TensorInfo, place: str) -> None:
+    """Refuse experts: fused in memory, there is no module whose input a hook could read."""
+    if "{expert}" in one.writer.module or len(info.shape) > 2:
+        raise ArchitectureError(
+            f"{place}.variant: {one.weight}: the experts are one tensor in memory, where no hook "
+            "sees what this matrix reads; set variant: plain"
+        )
 
 
 def _planned(base: Checkpoint, layer: int | None, site: str, name: str) -> PlannedEdit:
@@ -153,8 +239,8 @@ def _planned(base: Checkpoint, layer: int | None, site: str, name: str) -> Plann
     return PlannedEdit("ablate", "-", layer, site, info.name, info.shape, info.dtype)
 
 
-def _tensors(writers: Iterable[Written]) -> tuple[tuple[str, Literal[-2, -1]], ...]:
-    found: list[tuple[str, Literal[-2, -1]]] = []
+def _tensors(writers: Iterable[Written]) -> tuple[tuple[str, Axis], ...]:
+    found: list[tuple[str, Axis]] = []
     for one in writers:
         found.append((one.weight, one.writer.axis))
         if one.bias:

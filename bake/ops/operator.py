@@ -22,12 +22,14 @@ class Measured:
 
     `directions` by layer are [d], pointing to refusal, as long as the gap between
     the classes; `probe(module, ridge)` reads the gate [d_in] off a writer's input;
-    `base` is the checkpoint.
+    `base` is the checkpoint; `means` by layer are [d], the answered class's mean state
+    where the direction was measured.
     """
 
     directions: Mapping[int, Tensor]
     probe: Callable[[str, float], Tensor]
     base: Checkpoint
+    means: Mapping[int, Tensor]
 
 
 class Operator(Protocol[Spec]):
