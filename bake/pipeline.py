@@ -28,12 +28,13 @@ from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
 from bake.recipe import LoadedRecipe, Recipe
 from bake.report import card, guard_breaches, table, write_answers
+from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
 from bake.staging import check_output, staged
 from bake.stream import write_checkpoint
 from bake.verify import check_files
 
-__all__ = ["DIRECTIONS", "Prepared", "bake", "prepare"]
+__all__ = ["DIRECTIONS", "Prepared", "bake", "prepare", "saved_form"]
 
 # An edit that rounds away is not in the file, whatever the file says; Q8_0 keeps 99 %.
 SURVIVING = 0.9
@@ -109,11 +110,13 @@ def bake(
     loaded: LoadedRecipe,
     *,
     overwrite: bool = False,
+    planned: SavedPlan | None = None,
     show: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Run a recipe to its end and return the output folder, which appears only then.
 
-    `show` receives the table of results, also when the guard then refuses them.
+    `planned` is a saved plan that must be the recipe's still. `show` receives the table of
+    results, also when the guard then refuses them.
     Raises a BakeError of the kind that says what failed: the input, the guard or
     the verification. Nothing is left behind then.
     """
@@ -121,6 +124,8 @@ def bake(
     check_output(recipe.folder, overwrite)
     torch.manual_seed(recipe.seed)
     ready = prepare(recipe)
+    if planned:
+        planned.check(saved_form(loaded, ready))
     judge = KeywordJudge(recipe.judge.phrases)
     with staged(recipe.folder, overwrite) as staging:
         model = LiveModel.load(ready.base.folder, ready.arch)
@@ -140,6 +145,13 @@ def bake(
             raise GuardError("\n".join(broken))
         _record(loaded, ready, fitted, written, measured, staging)
     return recipe.folder
+
+
+def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:
+    """The plan with what it was made of, as plain values: what `bake plan --output` saves."""
+    return snapshot(
+        loaded, ready.plan, ready.base, ready.gguf, ready.fingerprints, ready.directions_hash
+    )
 
 
 @dataclass(frozen=True)
