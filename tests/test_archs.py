@@ -273,7 +273,9 @@ def test_auto_takes_the_most_exact_carrier_that_all_runtimes_serve(tmp_path: Pat
     assert chosen("llama", "sglang", layer=0, site="in")[0] == "embedding"
     assert chosen("gpt2", "mlx", site="in")[0] == "bias"
     for model_type in ("gemma2", "mixtral"):
-        with pytest.raises(ArchitectureError, match="the bias carrier .* the ridge carrier cannot"):
+        with pytest.raises(
+            ArchitectureError, match=r"the bias carrier .* the ridge carrier cannot"
+        ):
             chosen(model_type, "transformers")
     with pytest.raises(ArchitectureError, match="the embedding carrier cannot serve site: out"):
         chosen("llama", "vllm", carrier="embedding")
