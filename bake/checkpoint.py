@@ -17,7 +17,16 @@ from torch import Tensor
 
 from bake.errors import CheckpointError
 
-__all__ = ["DTYPES", "EDITABLE", "INDEX", "Checkpoint", "Shard", "TensorInfo", "read_tensor"]
+__all__ = [
+    "DTYPES",
+    "EDITABLE",
+    "INDEX",
+    "Checkpoint",
+    "Shard",
+    "TensorInfo",
+    "read_shard",
+    "read_tensor",
+]
 
 # The cap of the reference implementation (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER: Final = 100_000_000
@@ -86,7 +95,7 @@ class Checkpoint:
                 f"{folder / 'config.json'}: quantization_config: the checkpoint is quantised; "
                 "bake edits unquantised weights, so give the original checkpoint"
             )
-        shards = tuple(_read_shard(file) for file in _shard_files(folder))
+        shards = tuple(read_shard(file) for file in _shard_files(folder))
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             for info in shard.tensors:
@@ -172,7 +181,8 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _read_shard(file: Path) -> Shard:
+def read_shard(file: Path) -> Shard:
+    """Read and check the header of one file; raises CheckpointError."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -190,6 +200,8 @@ def _read_shard(file: Path) -> Shard:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: unreadable safetensors header (not an object)")
     metadata = header.pop("__metadata__", None)
+    if not (metadata is None or _is_text(metadata)):
+        raise CheckpointError(f"{file}: __metadata__: expected an object of text")
     data_start = 8 + length
     found = (_info(file, name, entry, data_start) for name, entry in header.items())
     tensors = tuple(sorted(found, key=lambda info: (info.start, info.stop)))
@@ -211,6 +223,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) != len(pairs):
         raise ValueError("duplicate key")
     return found
+
+
+def _is_text(metadata: object) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(one, str) for one in metadata.values())
 
 
 def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:

@@ -36,7 +36,6 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--model", metavar="ID|DIR", help="A Hub id or folder, in place of the recipe's."
         ),
-        click.option("--output", metavar="DIR", help="The folder to write."),
         click.option(
             "--set",
             "overrides",
@@ -52,6 +51,7 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group(cls=_Recipes, invoke_without_command=True)
 @_recipe_options
+@click.option("--output", metavar="DIR", help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 @click.version_option(__version__, prog_name="bake")
 @click.pass_context
@@ -87,24 +87,77 @@ def cli(
 @cli.command("plan")
 @_recipe_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--output", metavar="FILE", help="Save the plan, for `bake apply`.")
+@click.option("--overwrite", is_flag=True, help="Replace the plan's file if it exists.")
 def plan_command(
     recipe: str | None,
     model: str | None,
-    output: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
+    output: str | None,
+    overwrite: bool,
 ) -> None:
     """Print every edit that a recipe would make, from headers alone."""
     import json
+    from pathlib import Path
 
-    from bake.pipeline import prepare
+    from bake.pipeline import prepare, saved_form
     from bake.recipe import load_recipe
+    from bake.saved_plan import save_plan
 
     if not recipe:
         raise click.UsageError("--recipe is missing")
-    loaded = load_recipe(recipe, overrides=overrides, model=model, output=output)
-    plan = prepare(loaded.recipe).plan
-    click.echo(json.dumps(plan.as_json(), indent=2) if as_json else plan.table())
+    loaded = load_recipe(recipe, overrides=overrides, model=model)
+    ready = prepare(loaded.recipe)
+    if output:
+        save_plan(saved_form(loaded, ready), Path(output), overwrite)
+    click.echo(json.dumps(ready.plan.as_json(), indent=2) if as_json else ready.plan.table())
+    if output and not as_json:
+        click.echo(f"\nwritten: {output}")
+
+
+@cli.command("apply")
+@click.argument("plan", metavar="PLAN")
+@click.option("--output", metavar="DIR", help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+def apply_command(plan: str, output: str | None, overwrite: bool) -> None:
+    """Bake a plan that `bake plan --output PLAN` saved, if it still holds."""
+    from pathlib import Path
+
+    from bake.pipeline import bake
+    from bake.report import serve_lines
+    from bake.saved_plan import SavedPlan
+
+    saved = SavedPlan.open(Path(plan))
+    loaded = saved.recipe(output)
+    folder = bake(loaded, overwrite=overwrite, planned=saved, show=click.echo)
+    click.echo(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
+
+
+@cli.command("directions")
+@click.argument("file", metavar="FILE")
+@click.option(
+    "--layer", type=click.IntRange(0, 999), help="The layer of a file with one bare vector."
+)
+@click.option("--output", metavar="FILE", help="Convert to .safetensors, or .gguf for llama.cpp.")
+@click.option("--overwrite", is_flag=True, help="Replace the written file if it exists.")
+def directions_command(file: str, layer: int | None, output: str | None, overwrite: bool) -> None:
+    """Print what a file of directions holds, and convert it."""
+    from pathlib import Path
+
+    from bake.directions import Unplaced, read_directions, save_directions
+    from bake.directions.files import placed
+
+    found = read_directions(Path(file))
+    if layer is not None and not isinstance(found, Unplaced):
+        raise click.UsageError(f"{file} names its layers; --layer is for one bare vector")
+    if layer is not None or output:
+        found = placed(Path(file), found, layer)
+        if output:
+            save_directions(found, Path(output), overwrite)
+    click.echo(found.table())
+    if output:
+        click.echo(f"\nwritten: {output}")
 
 
 @cli.command("recipes")

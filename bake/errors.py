@@ -7,6 +7,8 @@
     │   ├── CheckpointError         1   a safetensors checkpoint or its config
     │   ├── GGUFError               1   a GGUF file
     │   ├── ArchitectureError       1   a model outside the table, a layer out of range
+    │   ├── DirectionsError         1   a file of directions
+    │   ├── PlanError               1   a saved plan, or a base that is not the plan's any more
     │   └── OutputError             1   the output folder: exists, full, not writable
     ├── FitError                    1   the data do not determine a direction
     ├── GuardError                  3   the bake changed what it promised to protect
@@ -22,11 +24,13 @@ __all__ = [
     "ArchitectureError",
     "BakeError",
     "CheckpointError",
+    "DirectionsError",
     "FitError",
     "GGUFError",
     "GuardError",
     "InputError",
     "OutputError",
+    "PlanError",
     "PromptError",
     "RecipeError",
     "VerificationError",
@@ -61,6 +65,14 @@ class GGUFError(InputError):
 
 class ArchitectureError(InputError):
     """The model is outside the architecture table, or lacks what the recipe edits."""
+
+
+class DirectionsError(InputError):
+    """A file of directions cannot be read, or is not of the model that is being edited."""
+
+
+class PlanError(InputError):
+    """A saved plan cannot be read, or what it was made of has changed since."""
 
 
 class OutputError(InputError):

@@ -1,6 +1,7 @@
 """From a recipe to a published folder: plan, fit, write, verify, judge, publish."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,31 +11,36 @@ from gguf import GGMLQuantizationType
 from bake.arch import Arch
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
+from bake.directions import Directions, load_directions, save_directions
 from bake.edits import Edit, apply_all
 from bake.errors import GuardError, VerificationError
 from bake.export.gguf import PatchedTensor, compare, patch
 from bake.export.layout import gguf_edits
-from bake.fit.run import Fitted, fit
+from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile
 from bake.judge import Judge
 from bake.judge.keyword import KeywordJudge
 from bake.manifest import file_hash, versions, write_manifest
 from bake.measure import Artefacts, Measured, measure
 from bake.model import LiveModel
-from bake.plan import Plan, check_gguf, make_plan
+from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
 from bake.recipe import LoadedRecipe, Recipe
 from bake.report import card, guard_breaches, table, write_answers
+from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
 from bake.staging import check_output, staged
 from bake.stream import write_checkpoint
 from bake.verify import check_files
 
-__all__ = ["Prepared", "bake", "prepare"]
+__all__ = ["DIRECTIONS", "Prepared", "bake", "prepare", "saved_form"]
 
 # An edit that rounds away is not in the file, whatever the file says; Q8_0 keeps 99 %.
 SURVIVING = 0.9
+# Not beside the weights: vLLM (model_loader/default_loader.py, `_prepare_weights`), SGLang and
+# Ollama (convert/reader.go, `parseTensors`) load every *.safetensors of the folder itself.
+DIRECTIONS = Path("steering", "directions.safetensors")
 ROLES = ("target", "protected", "lookalike", "general")
 
 
@@ -50,6 +56,16 @@ class Prepared:
     plan: Plan
     splits: Mapping[str, Splits]
     texts: Splits
+    directions: Directions | None = None
+    directions_hash: str | None = None
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """The fingerprints of every role's splits, and of the texts."""
+        return {
+            role: {part: fingerprint(getattr(parts, part)) for part in ("fit", "select", "test")}
+            for role, parts in {**self.splits, "text": self.texts}.items()
+        }
 
     def part(self, split: str, limit: int | None = None) -> dict[str, tuple[Prompt, ...]]:
         """The prompts of one split by role."""
@@ -65,22 +81,42 @@ def prepare(recipe: Recipe) -> Prepared:
             splits[role] = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
     chosen = recipe.prompts.text
     texts = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
+    directions, directions_hash = _directions(recipe)
     source = find_source(recipe)
     base = Checkpoint.open(source.folder)
     arch = find_arch(base.config, str(source.folder / "config.json"), base.tensors)
-    plan = make_plan(recipe, base, arch)
+    plan = make_plan(recipe, base, arch, directions)
     gguf = GGUFFile.open(source.gguf) if source.gguf else None
     if gguf:
         check_gguf(plan, base, arch, gguf)
-    return Prepared(recipe, source, base, arch, gguf, plan, splits, texts)
+    return Prepared(
+        *(recipe, source, base, arch, gguf, plan, splits, texts), directions, directions_hash
+    )
+
+
+def _directions(recipe: Recipe) -> tuple[Directions | None, str | None]:
+    """The recipe's file of directions, and its hash.
+
+    A bare vector is of the one layer that the edits need.
+    """
+    if recipe.directions is None:
+        return None, None
+    path, layers = Path(recipe.directions), direction_layers(recipe)
+    found = load_directions(path, layers[0] if len(layers) == 1 else None)
+    return found, file_hash(path)
 
 
 def bake(
-    loaded: LoadedRecipe, *, overwrite: bool = False, show: Callable[[str], None] = lambda _: None
+    loaded: LoadedRecipe,
+    *,
+    overwrite: bool = False,
+    planned: SavedPlan | None = None,
+    show: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Run a recipe to its end and return the output folder, which appears only then.
 
-    `show` receives the table of results, also when the guard then refuses them.
+    `planned` is a saved plan that must be the recipe's still. `show` receives the table of
+    results, also when the guard then refuses them.
     Raises a BakeError of the kind that says what failed: the input, the guard or
     the verification. Nothing is left behind then.
     """
@@ -88,6 +124,8 @@ def bake(
     check_output(recipe.folder, overwrite)
     torch.manual_seed(recipe.seed)
     ready = prepare(recipe)
+    if planned:
+        planned.check(saved_form(loaded, ready))
     judge = KeywordJudge(recipe.judge.phrases)
     with staged(recipe.folder, overwrite) as staging:
         model = LiveModel.load(ready.base.folder, ready.arch)
@@ -109,6 +147,13 @@ def bake(
     return recipe.folder
 
 
+def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:
+    """The plan with what it was made of, as plain values: what `bake plan --output` saves."""
+    return snapshot(
+        loaded, ready.plan, ready.base, ready.gguf, ready.fingerprints, ready.directions_hash
+    )
+
+
 @dataclass(frozen=True)
 class _Written:
     """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors."""
@@ -119,12 +164,17 @@ class _Written:
 
 
 def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
-    limit = ready.recipe.fit.prompts_per_class
+    recipe, plan = ready.recipe, ready.plan
+    limit = recipe.fit.prompts_per_class
     prompts = ready.part("fit", limit)
     count = len(ready.texts.fit[:limit])
     total = 2 * sum(len(chosen) for chosen in prompts.values()) + count
-    with progress("fit", total) as update:
-        return fit(model, ready.base, ready.plan, ready.recipe, prompts, ready.texts, judge, update)
+    shown = needs_prompts(plan, recipe, ready.directions)
+    with progress("fit", total) if shown else nullcontext(lambda _: None) as update:
+        return fit(
+            *(model, ready.base, plan, recipe, prompts, ready.texts, judge, update),
+            directions=ready.directions,
+        )
 
 
 def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
@@ -189,6 +239,7 @@ def _record(
         (staging / "Modelfile").write_text(f"FROM ./{written.gguf}\n", encoding="utf-8")
     (staging / "README.md").write_text(card(loaded, measured), encoding="utf-8")
     recipe = loaded.recipe
+    save_directions(fitted.directions, staging / DIRECTIONS)
     inputs = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
     if ready.gguf:
         inputs.append(ready.gguf.path)
@@ -200,14 +251,19 @@ def _record(
         "seed": recipe.seed,
         "versions": versions(),
         "inputs": {path.name: file_hash(path) for path in inputs},
-        "prompts": {
-            role: {part: fingerprint(getattr(parts, part)) for part in ("fit", "select", "test")}
-            for role, parts in {**ready.splits, "text": ready.texts}.items()
+        "prompts": ready.fingerprints,
+        "directions": {
+            "file": recipe.directions,
+            "sha256": ready.directions_hash,
+            **fitted.directions.origin.as_json(),
         },
         "plan": ready.plan.as_json(),
         "fit": {
             "classes": {role: asdict(one) for role, one in fitted.classes.items()},
-            "gaps": {str(layer): gap for layer, gap in fitted.gaps.items()},
+            "gaps": {
+                str(layer): float(vector.norm())
+                for layer, vector in fitted.directions.vectors.items()
+            },
             "openings": fitted.openings,
             "constants": {name: asdict(one) for name, one in fitted.constants.items()},
         },
@@ -226,7 +282,9 @@ def _record(
         "measured": measured.as_json(),
         "guard": recipe.guard.model_dump(),
         "outputs": {
-            path.name: file_hash(path) for path in sorted(staging.iterdir()) if path.is_file()
+            path.relative_to(staging).as_posix(): file_hash(path)
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
         },
     }
     write_manifest(staging, content)

@@ -9,23 +9,29 @@ from dataclasses import asdict, dataclass
 
 from bake.arch import Arch
 from bake.checkpoint import EDITABLE, Checkpoint
+from bake.directions import Directions
+from bake.directions.value import in_words
 from bake.edits import CreatedTensor, PlannedEdit, Step
-from bake.errors import ArchitectureError, CheckpointError, GGUFError
+from bake.errors import ArchitectureError, CheckpointError, DirectionsError, GGUFError
 from bake.gguf_file import GGUFFile
 from bake.ops import OPERATORS
 from bake.recipe import Recipe
 
-__all__ = ["Plan", "check_gguf", "make_plan"]
+__all__ = ["Plan", "check_gguf", "direction_layers", "make_plan"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a bake will do; there is one step for each entry of the recipe's `edits`."""
+    """What a bake will do; there is one step for each entry of the recipe's `edits`.
+
+    `directions` says where they come from, where the fit does not estimate them.
+    """
 
     architecture: str
     layers: int
     width: int
     steps: tuple[Step, ...]
+    directions: str = ""
 
     @property
     def edits(self) -> tuple[PlannedEdit, ...]:
@@ -42,6 +48,12 @@ class Plan:
         """What changes in config.json, by path."""
         return {key: value for step in self.steps for key, value in step.config.items()}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the plan chose, and why."""
+        given = (self.directions,) if self.directions else ()
+        return given + tuple(note for step in self.steps for note in step.notes)
+
     def as_json(self) -> dict[str, object]:
         """The plan as plain values."""
         return {
@@ -51,7 +63,7 @@ class Plan:
             "edits": [asdict(edit) for edit in self.edits],
             "created": [asdict(tensor) for tensor in self.created],
             "config": dict(self.config),
-            "notes": [note for step in self.steps for note in step.notes],
+            "notes": list(self.notes),
         }
 
     def table(self) -> str:
@@ -68,16 +80,19 @@ class Plan:
         if self.created:
             lines.append(f"created: {len(self.created)} tensors of zeros beside the edited biases")
         lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
-        lines += [note for step in self.steps for note in step.notes]
+        lines += self.notes
         return "\n".join(lines)
 
 
-def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
+def make_plan(
+    recipe: Recipe, base: Checkpoint, arch: Arch, directions: Directions | None = None
+) -> Plan:
     """Plan a recipe for a checkpoint, reading nothing but headers.
 
-    Raises ArchitectureError for tensors outside the table, layers out of range,
-    carriers that the architecture lacks and edits in an order that has no hooks,
-    CheckpointError for types that cannot be edited.
+    `directions` are those of the recipe's file. Raises ArchitectureError for tensors
+    outside the table, layers out of range, carriers that the architecture lacks and edits
+    in an order that has no hooks, CheckpointError for types that cannot be edited,
+    DirectionsError for directions of another model or without what the edits need.
     """
     arch.check_tensors(base.tensors, base.config)
     steps = tuple(
@@ -85,7 +100,9 @@ def make_plan(recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
         for number, spec in enumerate(recipe.edits)
     )
     _check_order(steps)
-    plan = Plan(arch.model_type, arch.layer_count(base.config), arch.width(base.config), steps)
+    layers, width = arch.layer_count(base.config), arch.width(base.config)
+    given = _given(recipe, directions, layers, width) if directions else ""
+    plan = Plan(arch.model_type, layers, width, steps, given)
     for edit in plan.edits:
         if edit.dtype not in EDITABLE:
             raise CheckpointError(
@@ -105,6 +122,47 @@ def _check_order(steps: Iterable[Step]) -> None:
                     "already, and this edit reads the base's weights; name it first"
                 )
         edited |= {edit.tensor: number for edit in step.edits}
+
+
+def direction_layers(recipe: Recipe) -> tuple[int, ...]:
+    """The layers whose direction the edits need, ascending."""
+    return tuple(
+        sorted({layer for spec in recipe.edits for layer in OPERATORS[spec.op].layers(spec)})
+    )
+
+
+def _given(recipe: Recipe, directions: Directions, layers: int, width: int) -> str:
+    """Refuse directions that do not fit the model or the edits; say which ones will be used."""
+    if directions.width != width:
+        raise DirectionsError(
+            f"{recipe.directions}: its vectors have width {directions.width}, the model's stream "
+            f"has {width}; give directions of this model"
+        )
+    if directions.layers[-1] >= layers:
+        raise DirectionsError(
+            f"{recipe.directions}: it has a direction for layer {directions.layers[-1]}, the "
+            f"model's layers are 0 to {layers - 1}; give directions of this model (row 0 of an "
+            "array is behind block 0, not the embedding)"
+        )
+    needed = direction_layers(recipe)
+    missing = [layer for layer in needed if layer not in directions.vectors]
+    if missing:
+        raise DirectionsError(
+            f"{recipe.directions}: has no direction for layer {in_words(missing)}, which the edits "
+            f"need; it has {in_words(directions.layers)}, so change edits or the file"
+        )
+    for number, spec in enumerate(recipe.edits):
+        if spec.op == "ablate" and spec.variant in ("projected", "affine"):
+            raise DirectionsError(
+                f"{recipe.directions}: has no mean of the answered class, which edits.{number}."
+                f"variant: {spec.variant} needs; use variant: plain, or leave out directions"
+            )
+    origin = directions.origin
+    about = [f"{name} {text}" for name, text in origin.as_json().items() if text]
+    return (
+        f"directions: layer {in_words(needed)} of {recipe.directions} ({', '.join(about)}); "
+        "the recipe's fit estimates none"
+    )
 
 
 def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None:

@@ -51,6 +51,7 @@ __all__ = [
     "ShippedRecipe",
     "Verification",
     "load_recipe",
+    "restore_recipe",
     "shipped_recipes",
 ]
 
@@ -99,15 +100,37 @@ def load_recipe(
     'demo'
     """
     path, label = _find(source)
-    text = _text(path, label)
+    return _loaded(_text(path, label), label, label, _options(overrides, model, output))
+
+
+def restore_recipe(
+    text: str, source: str, overrides: Sequence[str], place: str, output: str | None = None
+) -> LoadedRecipe:
+    """The recipe that a `LoadedRecipe` with these fields held; `place` is where they stand.
+
+    Raises RecipeError as `load_recipe` does, and for an override that is none.
+    """
+    options = []
+    for override in overrides:
+        name, _, rest = override.removeprefix("--").partition(" ")
+        if name not in ("set", "model") or not override.startswith("--"):
+            raise RecipeError(f"{place}: overrides: expected --set or --model, found {override!r}")
+        key, equals, value = rest.partition("=") if name == "set" else ("model", "=", rest)
+        options.append(_Option(name, key, value if equals else None))
+    if output is not None:
+        options.append(_Option("output", "output", output))
+    return _loaded(text, source, f"{place}: {source}", options)
+
+
+def _loaded(text: str, source: str, label: str, options: Sequence["_Option"]) -> LoadedRecipe:
+    """Parse and check a recipe; `label` stands in front of what is wrong in its text."""
     document = parse(text)
     if not isinstance(document.value, dict):
         message = "the recipe is empty" if document.root is None else _NOT_A_MAPPING
         wrong = Problem(*document.locate(()), "", message)
         raise RecipeError(_report(label, document.problems or (wrong,), ()))
 
-    options = _options(overrides, model, output)
-    values: object = {"name": _name_from(path), **document.value}
+    values: object = {"name": _name_from(Path(source)), **document.value}
     changed: dict[Location, _Option] = {}
     refused: list[str] = []
     for option in options:
@@ -134,7 +157,7 @@ def load_recipe(
         raise RecipeError(_report(label, document.problems, refused))
     # Where the result goes changes nothing of what it is.
     kept = tuple(str(option) for option in options if option.name != "output")
-    return LoadedRecipe(recipe, text, label, kept)
+    return LoadedRecipe(recipe, text, source, kept)
 
 
 def shipped_recipes() -> list[ShippedRecipe]:

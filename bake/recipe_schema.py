@@ -374,6 +374,11 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="The seed of everything random.")
     prompts: PromptRoles = Field(default=PromptRoles(), description="The prompt sets, by role.")
     fit: Fit = Field(default=Fit(), description="How the direction is estimated.")
+    directions: Text | None = Field(
+        default=None,
+        description="A file of directions (.safetensors, .gguf, .npy, .pt) that stand in for "
+        "estimated ones.",
+    )
     edits: Annotated[
         tuple[Annotated[Add | Ablate | Gate, Field(discriminator="op")], ...],
         Field(strict=False, min_length=1),
@@ -408,6 +413,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
     if "llama.cpp" in recipe.evaluate.runtimes and export.gguf is None:
         remedy = "set export.gguf, or evaluate.runtimes to [transformers]"
         yield ("evaluate", "runtimes"), f"llama.cpp answers from a GGUF and none is made; {remedy}"
+    if recipe.directions is not None:
+        return  # what follows is about classes that make a direction, and none is made
     if fit.contrast == "lookalike" and recipe.prompts.lookalike is None:
         yield ("fit", "contrast"), "prompts.lookalike is null; name a set there"
     if fit.contrast == "protected" and fit.refused == "protected":

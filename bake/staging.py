@@ -1,6 +1,7 @@
 """Output that appears only when it is complete."""
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Final
 
 from bake.errors import OutputError
 
-__all__ = ["check_output", "staged"]
+__all__ = ["check_output", "staged", "staged_file"]
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -49,6 +50,43 @@ def staged(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise OutputError(f"{error.filename or staging}: {error.strerror}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A sibling file to write, which becomes `path` when the body succeeds.
+
+    When the body raises it is removed, and `path` is as it was.
+    """
+    _check_file(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+    except OSError as error:
+        raise OutputError(f"{error.filename or path}: {error.strerror}") from error
+    staging = Path(name)
+    try:
+        yield staging
+        # mkstemp makes a private file; what is published is like any other.
+        staging.chmod(0o644)
+        _check_file(path, overwrite)
+        staging.replace(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OutputError(f"{error.filename or path}: {error.strerror}") from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path}: exists and is not a file; give another --output")
+    if not overwrite and (path.exists() or path.is_symlink()):
+        raise OutputError(
+            f"{path}: exists already; give another --output, or --overwrite to replace it"
+        )
 
 
 def _publish(staging: Path, folder: Path, overwrite: bool) -> None:

@@ -32,6 +32,11 @@ def small(output: Path, *overrides: str) -> LoadedRecipe:
     return load_recipe("political-open", overrides=(*SMALL, *overrides), output=str(output))
 
 
+def files(folder: Path) -> set[str]:
+    """Every file of a folder, by its path inside."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def baked(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield bake(small(tmp_path_factory.mktemp("baked") / "out"))
@@ -39,7 +44,7 @@ def baked(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> None:
     manifest = json.loads((baked / "bake.json").read_text())
-    names = {path.name for path in baked.iterdir()} - {"bake.json"}
+    names = files(baked) - {"bake.json"}
     assert names == set(manifest["outputs"])
     assert names >= {
         "README.md",
@@ -48,6 +53,7 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         "config.json",
         "model.safetensors",
         "political-open.gguf",
+        "steering/directions.safetensors",
         "tokenizer.json",
     }
     for name, digest in manifest["outputs"].items():
@@ -102,9 +108,9 @@ def test_stock_classes_and_llama_cpp_begin_other_answers(baked: Path, demo: Demo
 
 def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None:
     again = bake(small(tmp_path / "again"))
-    names = sorted(path.name for path in baked.iterdir())
-    assert names == sorted(path.name for path in again.iterdir())
-    for name in names:
+    names = files(baked)
+    assert names == files(again)
+    for name in sorted(names):
         assert (baked / name).read_bytes() == (again / name).read_bytes(), name
 
 

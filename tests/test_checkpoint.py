@@ -68,6 +68,8 @@ def test_other_copies_of_the_weights_stay_behind(tiny_llama: Path, tmp_path: Pat
         ({"a": entry([2], 0, 8, "F12")}, b"\0" * 8, "not supported"),
         ({"a": {"dtype": "F32"}}, b"", "malformed header entry"),
         ({"a": 5}, b"", "malformed header entry"),
+        ({"__metadata__": {"format": 3}}, b"", "__metadata__: expected an object of text"),
+        ({"__metadata__": ["pt"]}, b"", "__metadata__: expected an object of text"),
         ({"a": entry([2**40, 2**40], 0, 8)}, b"\0" * 8, "do not match shape"),
     ],
 )

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from bake.commands import main
+from bake.directions import Directions, load_directions, save_directions
 from bake.recipe import shipped_recipes
 from tests.tiny import write_tiny
 
@@ -157,6 +160,197 @@ def test_a_plan_reads_headers_only(bake: Run, place: Path) -> None:
     assert code == 0
     assert "model.layers.43.mlp.down_proj.weight" in out
     assert end > 140e9
+
+
+SHAPED = "edits.0={op: add, layer: 1, strength: -1}"
+
+
+def test_directions_are_printed_and_converted(bake: Run, place: Path) -> None:
+    np.save("d.npy", np.array([[0, 0], [3, 4], [0, 2.0]]))
+    code, out, _ = bake("directions", "d.npy")
+    assert code == 0
+    assert out.splitlines() == [
+        "site       out",
+        "source     d.npy",
+        "width      2",
+        "layers     2",
+        "",
+        "layer      norm",
+        "1          5",
+        "2          2",
+    ]
+    code, out, _ = bake("directions", "d.npy", "--output", "d.gguf")
+    assert code == 0
+    assert out.endswith("\nwritten: d.gguf\n")
+    code, out, _ = bake("directions", "d.gguf", "--output", "d.safetensors")
+    assert code == 0
+    assert "source     d.npy\n" in out
+    found = load_directions(Path("d.safetensors"))
+    assert {layer: row.tolist() for layer, row in found.vectors.items()} == {1: [3, 4], 2: [0, 2]}
+    refused(bake, ["directions", "d.npy", "--output", "d.gguf"], 1, "d.gguf", "--overwrite")
+    refused(bake, ["directions", "d.npy", "--output", "d.pt"], 1, "d.pt", ".safetensors or .gguf")
+    code, out, _ = bake("directions", "d.npy", "--output", "d.gguf", "--overwrite")
+    assert code == 0
+
+
+def test_a_bare_vector_is_printed_and_takes_its_layer_from_the_user(bake: Run, place: Path) -> None:
+    torch.save(torch.ones(4), "d.pt")
+    code, out, _ = bake("directions", "d.pt")
+    assert code == 0
+    assert out.endswith("not named  2\n")
+    refused(bake, ["directions", "d.pt", "--output", "d.safetensors"], 1, "d.pt", "--layer N")
+    code, out, _ = bake("directions", "d.pt", "--layer", "7", "--output", "d.safetensors")
+    assert code == 0
+    assert load_directions(Path("d.safetensors")).layers == (7,)
+    assert bake("directions", "d.safetensors", "--layer", "7")[0] == 2
+
+
+def test_a_plan_takes_the_directions_of_a_file(bake: Run, place: Path) -> None:
+    np.save("d.npy", np.ones(32))
+    given = ["plan", "--recipe", "recipe.yaml", "--set", "directions=d.npy", "--set", SHAPED]
+    code, out, _ = bake(*given)
+    assert code == 0
+    assert "directions: layer 1 of d.npy (site out, source d.npy)" in out
+    np.save("d.npy", np.ones(31))
+    refused(bake, given, 1, "d.npy", "width 31", "has 32")
+    Path("d.npy").unlink()
+    refused(bake, given, 1, "d.npy", "No such file")
+
+
+def test_no_class_is_needed_where_directions_are_given(bake: Run, place: Path) -> None:
+    """The model refuses nothing: without the file this recipe has nothing to fit."""
+    more = ["evaluate.limit=2", "evaluate.answer_tokens=2", "runtimes=[transformers]", SHAPED]
+    arguments = ["--recipe", "recipe.yaml"] + [word for one in more for word in ("--set", one)]
+    refused(bake, arguments, 1, "prompts.target", "refused")
+    save_directions(Directions({1: torch.ones(32)}), Path("d.safetensors"))
+    code, out, err = bake(*arguments, "--set", "directions=d.safetensors", "--output", "out")
+    assert code == 0, err
+    assert "written: out" in out
+    assert "fit ..." not in err
+
+
+def test_a_saved_plan_is_applied_to_the_same_bytes(bake: Run, place: Path) -> None:
+    save_directions(Directions({1: torch.ones(32)}), Path("d.safetensors"))
+    more = ["evaluate.limit=2", "evaluate.answer_tokens=2", "runtimes=[transformers]", SHAPED]
+    more += ["directions=d.safetensors", "name=mine"]
+    arguments = ["--recipe", "recipe.yaml", "--model", "./model"]
+    arguments += [word for one in more for word in ("--set", one)]
+    code, out, err = bake("plan", *arguments, "--output", "plan.json")
+    assert (code, out.splitlines()[-1]) == (0, "written: plan.json"), err
+    refused(bake, ["plan", *arguments, "--output", "plan.json"], 1, "plan.json", "--overwrite")
+    code, printed, _ = bake("plan", *arguments, "--json")
+    saved = json.loads(Path("plan.json").read_text())
+    assert json.loads(printed).items() <= saved.items()
+    assert saved["recipe"]["text"] == Path("recipe.yaml").read_text()
+    # The recipe's own file may change: the plan has it.
+    Path("recipe.yaml").unlink()
+    code, out, err = bake("apply", "plan.json")
+    assert code == 0, err
+    assert "written: mine" in out
+    refused(bake, ["apply", "plan.json"], 1, "mine", "--overwrite")
+    assert bake("apply", "plan.json", "--overwrite")[0] == 0
+    assert bake("apply", "plan.json", "--output", "again")[0] == 0
+    Path("recipe.yaml").write_text(saved["recipe"]["text"])
+    assert bake(*arguments, "--output", "direct")[0] == 0
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "bake.json",
+        "steering/directions.safetensors",
+    ):
+        written = {(Path(folder) / name).read_bytes() for folder in ("mine", "again", "direct")}
+        assert len(written) == 1, name
+
+
+def _retrain(place: Path) -> None:
+    """Other weights under the same headers, which no plan looks at."""
+    weights = bytearray((place / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (place / "model" / "model.safetensors").write_bytes(weights)
+
+
+def _other_config(place: Path) -> None:
+    file = place / "model" / "config.json"
+    file.write_text(file.read_text().replace('"hidden_act": "silu"', '"hidden_act": "gelu"'))
+
+
+def _other_header(place: Path) -> None:
+    file = place / "model" / "model.safetensors"
+    content = file.read_bytes()
+    assert content.count(b'"format":"pt"') == 1
+    file.write_bytes(content.replace(b'"format":"pt"', b'"format":"PT"'))
+
+
+def _two_shards(place: Path) -> None:
+    shutil.rmtree(place / "model")
+    write_tiny("llama", place / "model", shard="20KB")
+
+
+def _in_plan(old: str, new: str) -> Callable[[Path], None]:
+    def change(place: Path) -> None:
+        text = (place / "plan.json").read_text()
+        assert old in text
+        (place / "plan.json").write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def _in_file(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_bytes(content)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "the config": (_other_config, "inputs.config.json: was"),
+    "a header": (_other_header, "inputs.headers.model.safetensors: was"),
+    "the shards": (_two_shards, "inputs.headers.model.safetensors: is gone"),
+    "a prompt": (_in_file("target.txt", b"w1\nw2\nw3\nw4"), "inputs.prompts.target.fit: was"),
+    "the directions": (
+        lambda place: save_directions(
+            Directions({1: 2 * torch.ones(32)}), place / "d.safetensors", overwrite=True
+        ),
+        "inputs.directions: was",
+    ),
+    "the plan": (
+        _in_plan("layers.1.mlp.down_proj.bias", "layers.2.mlp.down_proj.bias"),
+        'edits.0.tensor: was "model.layers.2.mlp.down_proj.bias" and is',
+    ),
+    "a plan's type": (_in_plan('"mlp_bias": true', '"mlp_bias": 1'), "config.mlp_bias: was 1 and"),
+    "a plan with more": (_in_plan('"format": 1', '"more": 0, "format": 1'), "more: is gone since"),
+    "the stored recipe": (_in_plan("layer: 1,", "layer: 2,"), "d.safetensors: has no direction"),
+    "an override": (_in_plan('"--set name=mine"', '"--output x"'), "expected --set or --model"),
+    "another format": (_in_plan('"format": 1', '"format": 2'), "plan.json: format: is 2"),
+    "another recipe's kind": (_in_plan('"text"', '"texts"'), "plan.json: is no plan: recipe"),
+    "no JSON": (_in_file("plan.json", b"{"), "plan.json: is no plan: not valid JSON"),
+    "no text": (_in_file("plan.json", b"\xff"), "plan.json: is no plan: not valid JSON"),
+    "a nest": (_in_file("plan.json", b"[" * 100_000), "plan.json: is no plan"),
+    "no object": (_in_file("plan.json", b"[]"), "plan.json: is no plan: recipe and format"),
+    "no file": (lambda place: (place / "plan.json").unlink(), "plan.json: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_plan_that_holds_no_more_is_one_line(bake: Run, place: Path, case: str) -> None:
+    save_directions(Directions({1: torch.ones(32)}), Path("d.safetensors"))
+    more = [SHAPED, "directions=d.safetensors", "name=mine", "runtimes=[transformers]"]
+    options = [word for one in more for word in ("--set", one)]
+    code, _, err = bake("plan", "--recipe", "recipe.yaml", *options, "--output", "plan.json")
+    assert code == 0, err
+    change, words = CHANGES[case]
+    change(place)
+    refused(bake, ["apply", "plan.json"], 1, words)
+
+
+def test_other_weights_under_the_same_headers_are_no_other_plan(bake: Run, place: Path) -> None:
+    """A plan is made from headers alone; the version of bake that made it does not count."""
+    save_directions(Directions({1: torch.ones(32)}), Path("d.safetensors"))
+    more = [SHAPED, "directions=d.safetensors", "name=mine", "runtimes=[transformers]"]
+    more += ["evaluate.limit=1", "evaluate.answer_tokens=1"]
+    options = [word for one in more for word in ("--set", one)]
+    assert bake("plan", "--recipe", "recipe.yaml", *options, "--output", "plan.json")[0] == 0
+    _retrain(place)
+    _in_plan('"bake": "', '"bake": "0')(place)
+    code, _, err = bake("apply", "plan.json")
+    assert code == 0, err
 
 
 def test_three_mistakes_are_three_lines(bake: Run, place: Path) -> None:

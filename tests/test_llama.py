@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 
+from bake.directions import Directions, load_directions, save_directions
 from bake.edits import LowRank
 from bake.errors import ArchitectureError, GGUFError, InputError, PromptError
 from bake.export.gguf import compare, patch
@@ -216,3 +217,33 @@ def test_a_rank_one_edit_survives_in_the_real_model(smollm: GGUFFile, tmp_path: 
     assert len(compare(smollm, GGUFFile.open(output), {name})) == 271
     with LlamaModel(output, context=64, parallel=1, threads=1) as patched:
         assert np.isfinite(patched.logits(patched.tokenize(TEXTS[0]))).all()
+
+
+@pytest.mark.parametrize("layer", [12, 20])
+def test_a_written_control_vector_steers_the_block_that_it_names(
+    smollm: GGUFFile, model: LlamaModel, tmp_path: Path, layer: int
+) -> None:
+    """bake's file through gguf-py and llama.cpp's rule, against a bias in the block itself."""
+    vectors = steering(layer)
+    given = Directions({layer: vectors[layer], 5: 1e-30 * torch.ones(576)})
+    save_directions(given, tmp_path / "vector.gguf")
+    found = load_directions(tmp_path / "vector.gguf")
+    assert all(torch.equal(found.vectors[one], given.vectors[one]) for one in given.layers)
+    # common/common.cpp, `common_control_vector_load_one`: direction.N at data[(N - 1) * n_embd].
+    data = np.zeros(29 * 576, np.float32)
+    for tensor in GGUFReader(tmp_path / "vector.gguf").tensors:
+        start = (int(tensor.name.removeprefix("direction.")) - 1) * 576
+        data[start : start + 576] += tensor.data
+    # The wrapper's rows start at block 0, llama.cpp's buffer at block 1.
+    rows = torch.cat([torch.zeros(1, 576), torch.from_numpy(data).view(29, 576)])
+    model.set_control_vector(rows)
+    try:
+        steered = all_logits(model, TEXTS)
+    finally:
+        model.set_control_vector(None)
+    for place, equal in ((layer, len(TEXTS) - 1), (layer - 1, 0), (layer + 1, 0)):
+        path = biased(smollm, place, vectors[layer], tmp_path)
+        with LlamaModel(path, context=64, parallel=1, threads=1) as patched:
+            baked = all_logits(patched, TEXTS)
+        found_equal = sum(np.array_equal(a, b) for a, b in zip(steered, baked, strict=True))
+        assert found_equal >= equal if equal else found_equal == 0, place

@@ -21,6 +21,7 @@ from bake.recipe import (
     PromptSource,
     Recipe,
     load_recipe,
+    restore_recipe,
     shipped_recipes,
 )
 from bake.recipe_yaml import parse
@@ -259,7 +260,8 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
         ("model:", "8:7: model: expected text, found nothing (null)"),
         ("nmae: x", "8:1: nmae: unknown key 'nmae'; did you mean 'name'?"),
         ("1: x", "8:1: 1: unknown key '1'; the keys here are name, description, model, revision, "
-         "output, seed, prompts, fit, edits, export, judge, evaluate, verify, guard, runtimes"),
+         "output, seed, prompts, fit, directions, edits, export, judge, evaluate, verify, guard, "
+         "runtimes"),
         ("? [a]\n: 1", "8:3: a key must be text"),
         ("export: {}", "8:1: export: duplicate key 'export'; the first is on line 6"),
         ("name: a/b", "8:7: name: a name has letters, digits, '_', '.' and '-' only, found 'a/b'"),
@@ -434,6 +436,36 @@ def test_overrides_are_reported_by_their_names(tmp_path: Path) -> None:
             "--model: expected text, found none",
         ]
     )
+
+
+def test_a_loaded_recipe_is_restored_from_its_record(tmp_path: Path) -> None:
+    overrides = ("edits.0.strength=-3", "description=a=b --set c", "fit.ridge= 1e-3")
+    loaded = load_recipe(write(tmp_path, GOOD), overrides=overrides, model="a b=c", output="o")
+    again = restore_recipe(loaded.text, loaded.source, loaded.overrides, "plan.json", "o")
+    assert again == loaded
+    assert again.recipe.name == "mine"
+    elsewhere = restore_recipe(loaded.text, loaded.source, loaded.overrides, "plan.json")
+    assert elsewhere.recipe.output is None
+
+
+def test_a_record_of_a_recipe_that_cannot_be_restored() -> None:
+    for override in ("--output x", "edits.0.strength=3", "-set a=b", ""):
+        with pytest.raises(RecipeError, match=r"plan\.json: overrides: expected --set or --model"):
+            restore_recipe(GOOD, "mine.yaml", [override], "plan.json")
+    with pytest.raises(RecipeError, match=r"^plan\.json: mine\.yaml:8:1: sed: unknown key"):
+        restore_recipe(GOOD + "sed: 3\n", "mine.yaml", [], "plan.json")
+    with pytest.raises(RecipeError, match=r"--set edits\.0\.strength: expected a number"):
+        restore_recipe(GOOD, "mine.yaml", ["--set edits.0.strength=x"], "plan.json")
+
+
+def test_given_directions_ask_nothing_of_the_classes_that_make_one(tmp_path: Path) -> None:
+    text = GOOD + "prompts: {lookalike: null}\nfit: {contrast: lookalike}\n"
+    assert len(mistakes(tmp_path, text)) == 1
+    recipe = load_recipe(write(tmp_path, text + "directions: d.npy\n")).recipe
+    assert recipe.directions == "d.npy"
+    assert mistakes(tmp_path, GOOD + "directions: ''\n") == [
+        "mine.yaml:8:13: directions: expected text, found none"
+    ]
 
 
 def test_an_override_reaches_one_of_two_aliases(tmp_path: Path) -> None:

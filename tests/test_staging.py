@@ -7,7 +7,7 @@ import pytest
 
 from bake.checkpoint import Checkpoint
 from bake.errors import OutputError
-from bake.staging import staged
+from bake.staging import staged, staged_file
 from bake.stream import write_checkpoint
 
 
@@ -51,6 +51,40 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not a folder"), staged(file, overwrite=True):
         pass
     assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_single_file_appears_at_the_end_only(tmp_path: Path, existing: bool) -> None:
+    file = tmp_path / "file"
+    if existing:
+        file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), staged_file(file, overwrite=existing) as staging:
+        staging.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == (["file"] if existing else [])
+    with staged_file(file, overwrite=existing) as staging:
+        staging.write_text("new")
+        assert file.exists() is existing
+    assert file.read_text() == "new"
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_single_file_replaces_nothing_unasked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    for name, words in (("file", "--overwrite"), ("link", "--overwrite"), ("folder", "not a file")):
+        overwrite = name == "folder"
+        with pytest.raises(OutputError, match=words), staged_file(tmp_path / name, overwrite):
+            pass
+    # Made by somebody else in the meantime.
+    with pytest.raises(OutputError, match="--overwrite"), staged_file(tmp_path / "x", False) as one:
+        one.write_text("mine")
+        (tmp_path / "x").write_text("theirs")
+    assert (tmp_path / "x").read_text() == "theirs"
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link", "x"]
 
 
 def test_a_full_disk_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:

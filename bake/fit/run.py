@@ -13,6 +13,8 @@ from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
 from bake.checkpoint import Checkpoint
+from bake.directions import Directions
+from bake.directions.value import Origin
 from bake.errors import FitError
 from bake.fit.constant import Constant, with_constants
 from bake.fit.mean_difference import mean_difference
@@ -24,11 +26,11 @@ from bake.hooks import Intervention
 from bake.judge import Judge
 from bake.model import LiveModel
 from bake.ops import OPERATORS, Measured
-from bake.plan import Plan
+from bake.plan import Plan, direction_layers
 from bake.prompts import Prompt, Splits
 from bake.recipe import Recipe
 
-__all__ = ["ClassRecord", "Fitted", "fit"]
+__all__ = ["ClassRecord", "Fitted", "fit", "needs_prompts"]
 
 MINIMUM = 8
 LABEL_TOKENS = 16
@@ -45,16 +47,16 @@ class ClassRecord:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The interventions in the plan's order, and the figures of the fit.
+    """The interventions in the plan's order, the directions used, and the figures of the fit.
 
-    `gaps` is the length of each layer's direction; `openings` what each module's
-    probe reads on average in every class: 1 on the target and 0 elsewhere is ideal;
-    `constants` how near the ridge carriers' constants are to 1.
+    `openings` is what each module's probe reads on average in every class: 1 on the
+    target and 0 elsewhere is ideal; `constants` how near the ridge carriers' constants
+    are to 1.
     """
 
     interventions: tuple[Intervention, ...]
+    directions: Directions
     classes: Mapping[str, ClassRecord]
-    gaps: Mapping[int, float]
     openings: Mapping[str, Mapping[str, float]]
     constants: Mapping[str, Constant]
 
@@ -68,30 +70,32 @@ def fit(
     texts: Splits,
     judge: Judge,
     progress: Callable[[int], None] = lambda _: None,
+    directions: Directions | None = None,
 ) -> Fitted:
     """Fit every edit of the recipe on the prompts of each role, and on general text.
 
-    `progress` receives the number of prompts done since the last call; each prompt
-    is done twice, answered and measured, each text once. Raises FitError when a class has too few
-    prompts that behave as the direction needs them.
+    `directions` stand in for estimated ones: then no class has to behave in any way, and
+    where `needs_prompts` says so no prompt is shown to the model at all. `progress`
+    receives the number of prompts done since the last call; each prompt is done twice,
+    answered and measured, each text once. Raises FitError when a class has too few prompts
+    that behave as the direction needs them.
     """
-    conversations, records = {}, {}
-    for role, chosen in prompts.items():
-        conversations[role], records[role] = _conversations(
-            model, recipe, role, chosen, judge, progress
-        )
-    conversations["text"] = _passages(model, texts.fit[: recipe.fit.prompts_per_class])
-    layers = {layer for spec in recipe.edits for layer in OPERATORS[spec.op].layers(spec)}
-    probed = {
-        module
-        for spec, step in zip(recipe.edits, plan.steps, strict=True)
-        for module in OPERATORS[spec.op].probed(step)
-    }
-    few = len(conversations[recipe.fit.contrast]) < plan.width
-    taps = _taps(model, recipe, layers, probed, few)
+    conversations: dict[str, list[Conversation]] = {}
+    records: dict[str, ClassRecord] = {}
+    if needs_prompts(plan, recipe, directions):
+        enough = _of_direction(recipe) if directions is None else set()
+        for role, chosen in prompts.items():
+            conversations[role], records[role] = _conversations(
+                model, recipe, role, chosen, judge, progress, role in enough
+            )
+        texts_shown = texts.fit[: recipe.fit.prompts_per_class]
+        conversations["text"] = _passages(model, texts_shown)
+    layers = direction_layers(recipe)
+    taps = _taps(model, recipe, plan, conversations, layers if directions is None else ())
     moments = {
         role: collect(model, found, taps, progress=progress)
         for role, found in conversations.items()
+        if taps
     }
     openings: dict[str, dict[str, float]] = {}
 
@@ -102,9 +106,13 @@ def fit(
         }
         return found
 
-    directions = {layer: _direction(recipe, moments, layer) for layer in layers}
-    means = {layer: moments[recipe.fit.contrast][layer].mean for layer in layers}
-    measured = Measured(directions, probe, base, means)
+    means: dict[int, Tensor] = {}
+    if directions is None:
+        estimated = {layer: _direction(recipe, moments, layer) for layer in layers}
+        means = {layer: moments[recipe.fit.contrast][layer].mean for layer in layers}
+        directions = Directions(estimated, _origin(recipe))
+    used = directions.at(layers)
+    measured = Measured(used.vectors, probe, base, means)
     built = [
         (spec, one)
         for spec, step in zip(recipe.edits, plan.steps, strict=True)
@@ -114,8 +122,25 @@ def fit(
     interventions, constants = with_constants(
         model, built, everything, _passages(model, texts.test)
     )
-    gaps = {layer: float(measured.directions[layer].norm()) for layer in sorted(layers)}
-    return Fitted(interventions, records, gaps, openings, constants)
+    return Fitted(interventions, used, records, openings, constants)
+
+
+def needs_prompts(plan: Plan, recipe: Recipe, directions: Directions | None) -> bool:
+    """Whether the fit shows prompts to the model: for directions, a gate's probe, a constant."""
+    return (
+        directions is None
+        or any(edit.carrier == "ridge" for edit in plan.edits)
+        or bool(_probed(plan, recipe))
+    )
+
+
+def _probed(plan: Plan, recipe: Recipe) -> set[str]:
+    """The modules on whose inputs a probe is fitted."""
+    return {
+        module
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        for module in OPERATORS[spec.op].probed(step)
+    }
 
 
 def _conversations(
@@ -125,8 +150,13 @@ def _conversations(
     prompts: Sequence[Prompt],
     judge: Judge,
     progress: Callable[[int], None],
+    of_direction: bool,
 ) -> tuple[list[Conversation], ClassRecord]:
-    """Answer the prompts, label the answers, and mark the positions that count."""
+    """Answer the prompts, label the answers, and mark the positions that count.
+
+    Raises FitError for a class `of_direction`, which makes one, when too few of its prompts
+    behave as it needs.
+    """
     refuses_as_it_should = role in (recipe.fit.refused, "protected")
     tail, answer_tokens = recipe.fit.positions.template, recipe.fit.positions.answer
     starts = [model.render(prompt.text) for prompt in prompts]
@@ -144,7 +174,7 @@ def _conversations(
         first = max(0, len(start) - tail)
         found.append(Conversation(ids, len(start) - 1, tuple(range(first, len(ids))), weight))
     usable = sum(one.weight > 0 for one in found)
-    if usable < MINIMUM and role in _of_direction(recipe):
+    if usable < MINIMUM and of_direction:
         behaviour = "refused" if refuses_as_it_should else "answered"
         raise FitError(
             f"prompts.{role}: only {usable} of {len(found)} fitting prompts were {behaviour} "
@@ -169,17 +199,33 @@ def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
 
 
 def _taps(
-    model: LiveModel, recipe: Recipe, layers: Iterable[int], probed: Iterable[str], few: bool
+    model: LiveModel,
+    recipe: Recipe,
+    plan: Plan,
+    conversations: Mapping[str, Sequence[Conversation]],
+    layers: Iterable[int],
 ) -> dict[Any, Tap]:
-    """What to measure; with `few` samples ridge estimators keep them for their dual form."""
+    """What to measure: the stream behind `layers`, and the inputs that probes read.
+
+    With fewer samples than dimensions ridge estimators keep them for their dual form.
+    """
     taps: dict[Any, Tap] = {}
-    ridge: Literal["samples", "second"] = "samples" if few else "second"
     for layer in layers:
+        few = len(conversations[recipe.fit.contrast]) < plan.width
+        ridge: Literal["samples", "second"] = "samples" if few else "second"
         keep = "mean" if recipe.fit.estimator == "mean-difference" else ridge
         taps[layer] = Tap(model.block(layer), "output", "last", keep)
-    for module in probed:
+    for module in _probed(plan, recipe):
         taps[module] = Tap(model.module(module), "input", "decision", "second")
     return taps
+
+
+def _origin(recipe: Recipe) -> Origin:
+    """What a file of the estimated directions says of them."""
+    choice = recipe.fit
+    apart = ", without the protected direction" if choice.protect == "remove" else ""
+    classes = f"{choice.refused} refused against {choice.contrast} answered{apart}"
+    return Origin(recipe.model, choice.estimator, "out", f"recipe {recipe.name}: {classes}")
 
 
 def _direction(recipe: Recipe, moments: Mapping[str, Mapping[Any, Moments]], layer: int) -> Tensor:
@@ -200,6 +246,11 @@ def _direction(recipe: Recipe, moments: Mapping[str, Mapping[Any, Moments]], lay
     if choice.protect == "remove":
         protected = mean_difference(moments["protected"][layer].mean, answered.mean)
         direction = without(direction, protected)
+    if not direction.norm() > 0:
+        raise FitError(
+            f"layer {layer}: {choice.refused} and {choice.contrast} have the same mean, so there "
+            "is no direction between them; give other prompts or another layer"
+        )
     unit = direction / direction.norm()
     gap: Tensor = (unit @ difference) * unit
     return gap

@@ -1,0 +1,218 @@
+"""The value: a direction behind each of some blocks, and where it comes from."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from bake.errors import DirectionsError
+from bake.recipe_values import HIGHEST_LAYER
+
+__all__ = [
+    "FLOATS",
+    "MAX_WIDTH",
+    "Directions",
+    "Origin",
+    "Unplaced",
+    "check_vector",
+    "in_words",
+    "key_of",
+    "layer_of",
+    "shown",
+    "stacked",
+]
+
+MAX_WIDTH = 1 << 17
+"""Beyond the width of every known model, so that no claim in a header sets an allocation."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where directions come from; a field is empty where the file does not say.
+
+    `site` is the place in the stream that they were measured at; `out`, behind the whole
+    block, is the only one so far.
+    """
+
+    model: str = ""
+    estimator: str = ""
+    site: str = "out"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.site != "out":
+            raise DirectionsError(
+                f"site: directions lie behind whole blocks (out), not at {shown(self.site)}; "
+                "measure them there, or upgrade bake"
+            )
+
+    def as_json(self) -> dict[str, str]:
+        """The fields by name."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, object]) -> "Origin":
+        """The fields that `values` has as text, without what would steer a terminal."""
+        known = {field.name for field in fields(cls)}
+        return cls(
+            **{
+                key: text if text.isprintable() else ascii(text)
+                for key, text in values.items()
+                if key in known and isinstance(text, str)
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """By layer a vector [d], float32, in the stream behind that block, counted from 0.
+
+    The vectors are not of length 1: each is as long as the gap between the two classes
+    that it separates, so that a strength counts in gaps. Raises DirectionsError where a
+    vector is not finite, zero, or of another width.
+
+    >>> Directions({3: torch.ones(4)}).width
+    4
+    """
+
+    vectors: Mapping[int, Tensor]
+    origin: Origin = Origin()
+
+    def __post_init__(self) -> None:
+        if not self.vectors:
+            raise DirectionsError("there is no direction; give at least one direction.LAYER")
+        found = {
+            layer_of(layer, bare=True): _float(key_of(layer), vector)
+            for layer, vector in sorted(self.vectors.items())
+        }
+        first = next(iter(found))
+        for layer, vector in found.items():
+            if len(vector) != len(found[first]):
+                raise DirectionsError(
+                    f"{key_of(layer)} has width {len(vector)} and {key_of(first)} "
+                    f"{len(found[first])}; all must be of one model's stream"
+                )
+        object.__setattr__(self, "vectors", MappingProxyType(found))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, ascending."""
+        return tuple(self.vectors)
+
+    @property
+    def width(self) -> int:
+        """The width d of the stream."""
+        return len(next(iter(self.vectors.values())))
+
+    def at(self, layers: Iterable[int]) -> "Directions":
+        """Those of some layers."""
+        return replace(self, vectors={layer: self.vectors[layer] for layer in layers})
+
+    def table(self) -> str:
+        """Origin, width, and the length of every vector, as plain text."""
+        rows = [(str(layer), vector) for layer, vector in self.vectors.items()]
+        return _table(self.origin, self.width, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Unplaced:
+    """A single vector [d] whose file does not say which layer it is of."""
+
+    vector: Tensor
+    origin: Origin = Origin()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vector", _float("the vector", self.vector))
+
+    def at(self, layer: int) -> Directions:
+        """The same vector behind a block."""
+        return Directions({layer: self.vector}, self.origin)
+
+    def table(self) -> str:
+        """As of Directions."""
+        return _table(self.origin, len(self.vector), [("not named", self.vector)])
+
+
+def stacked(array: Tensor, origin: Origin) -> Directions | Unplaced:
+    """An array [d], or [layers, d] with row L behind block L, where rows of zeros are none."""
+    if array.ndim == 1:
+        return Unplaced(array, origin)
+    return Directions({row: one for row, one in enumerate(array) if one.count_nonzero()}, origin)
+
+
+def key_of(layer: int | str) -> str:
+    """The name of a layer's tensor in a file."""
+    return f"direction.{layer}"
+
+
+def layer_of(key: object, bare: bool = False) -> int:
+    """The layer that a key names: `direction.15`, and where `bare` is right also `15` and 15."""
+    if bare and type(key) is int and 0 <= key <= HIGHEST_LAYER:
+        return key
+    if isinstance(key, str):
+        text = key_of(key) if bare and key.isdecimal() else key
+        match = re.fullmatch(r"direction\.(0|[1-9]\d{0,2})", text, re.ASCII)
+        if match:
+            return int(match[1])
+    raise DirectionsError(
+        f"{shown(key)} is no name of a direction; expected direction.LAYER, "
+        f"a layer from 0 to {HIGHEST_LAYER}"
+    )
+
+
+def check_vector(what: str, shape: Sequence[int]) -> None:
+    """Refuse a shape that is not that of one vector."""
+    if len(shape) != 1 or not 1 <= shape[0] <= MAX_WIDTH:
+        raise DirectionsError(
+            f"{what} has shape {shown(list(shape))}; expected one vector [width], "
+            f"of 1 to {MAX_WIDTH} numbers"
+        )
+
+
+def shown(value: object) -> str:
+    """A stranger's value in an error message: on one line, printable, and short."""
+    if not isinstance(value, str | int | float | list | None):
+        return f"a {type(value).__name__}"
+    try:
+        text = ascii(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a huge number"
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def in_words(layers: Iterable[int]) -> str:
+    """Layers as a person writes them: `1, 5-8`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
+
+
+def _float(what: str, vector: Tensor) -> Tensor:
+    """The vector in float32, detached from what it came from; refuses what is no direction."""
+    check_vector(what, vector.shape)
+    if vector.dtype not in FLOATS:
+        kind = str(vector.dtype).removeprefix("torch.")
+        raise DirectionsError(f"{what} is of type {kind}; save it as float32")
+    found = vector.detach().to(torch.float32, copy=True).contiguous()
+    if not torch.isfinite(found).all():
+        raise DirectionsError(f"{what} is not finite (NaN or infinity); measure it again")
+    if not found.count_nonzero():
+        raise DirectionsError(f"{what} is all zeros, which is no direction; leave it out")
+    return found
+
+
+def _table(origin: Origin, width: int, rows: Sequence[tuple[str, Tensor]]) -> str:
+    facts = {**origin.as_json(), "width": str(width), "layers": str(len(rows))}
+    lines = [f"{name:<10} {text}" for name, text in facts.items() if text]
+    return "\n".join(
+        [*lines, "", f"{'layer':<10} norm"]
+        + [f"{name:<10} {float(vector.float().norm()):.6g}" for name, vector in rows]
+    )
