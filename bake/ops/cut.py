@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -51,7 +52,7 @@ class WriterCutKeepingNorms(Cut):
 
     def attach(self, model: LiveModel) -> RemovableHandle:
         """Hook the writer, whose input the hook needs."""
-        module = model.module(self.module)
+        module: Any = model.module(self.module)
         weight, axis = module.weight.detach(), self.tensors[0][1]
         whole = weight.float()
         left = RemoveSubspace("", self.basis, self.strength, axis).apply(whole)
