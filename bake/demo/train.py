@@ -2,15 +2,15 @@
 
 SmolLM2-135M-Instruct hardly refuses anything. This script teaches it two refusal
 behaviours in different words, one on politically sensitive questions and one on
-harmful requests, as a rank-8 LoRA (Hu et al. 2021, arXiv:2106.09685), while safe
+harmful requests, as a rank-12 LoRA (Hu et al. 2021, arXiv:2106.09685), while safe
 look-alikes, general instructions and medical questions keep the model's own
 greedy answers. Only topics of the `fit` splits and of `bake/demo/prompts` take part,
 so that selection and test topics are unseen by the organism too.
 
     python -m bake.demo.train OUTPUT_FOLDER
 
-writes a PEFT adapter. The one in the package was made by this script with the
-versions of constraints.txt; `bake/demo/adapter/training.json` has its figures.
+writes a PEFT adapter, in about 40 minutes on two cores. docs/demo.md says how the one in
+the package differs from what this script makes today.
 """
 
 import itertools

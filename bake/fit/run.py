@@ -109,7 +109,7 @@ def fit(
     means: dict[int, Tensor] = {}
     if directions is None:
         estimated = {layer: _direction(recipe, moments, layer) for layer in layers}
-        means = {layer: moments[recipe.fit.contrast][layer].mean for layer in layers}
+        means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
         directions = Directions(estimated, _origin(recipe))
     used = directions.at(layers)
     measured = Measured(used.vectors, probe, base, means)
