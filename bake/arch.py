@@ -204,15 +204,6 @@ class Arch:
         found = self._weights.get(re.sub(r"\.bias$", ".weight", self._inside(tensor)[1]))
         return found[0].multiplier(self.numbers(config)) if found and found[0].folded else 1.0
 
-    def branch_of(self, tensor: str) -> Branch:
-        """The branch that a writer's weight or bias belongs to; raises ArchitectureError."""
-        inside = self._inside(tensor)[1]
-        for branch in self.branches:
-            for writer in branch.writers:
-                if inside in (writer.module + suffix for suffix in writer.suffixes):
-                    return branch
-        raise ArchitectureError(f"{tensor}: it does not write to the stream")
-
     def tied(self, names: Iterable[str]) -> bool:
         """Whether the embedding is also the unembedding: there is no other one on disk."""
         known = frozenset(names)

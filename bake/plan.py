@@ -112,8 +112,14 @@ def make_plan(
 
 
 def _check_order(steps: Iterable[Step]) -> None:
-    """Refuse a step whose hooks read the base's weights after another one has edited those."""
+    """Refuse edits of one tensor in an order that hooks do not have.
+
+    Hooks act from the inside out: gates at a writer, ablations at the sum of a branch's
+    writers, `add` at `out` behind the block. Norm-preserving
+    ones act at a writer too, and read the base's weights.
+    """
     edited: dict[str, int] = {}
+    behind: dict[tuple[str, str, str], int] = {}
     for number, step in enumerate(steps):
         for edit in step.edits:
             if step.reads_base and edit.tensor in edited:
@@ -121,7 +127,16 @@ def _check_order(steps: Iterable[Step]) -> None:
                     f"edits.{number}: {edit.tensor} is edited by edits.{edited[edit.tensor]} "
                     "already, and this edit reads the base's weights; name it first"
                 )
+            outer = ("add", "out") if edit.operator == "ablate" else ("ablate", edit.site)
+            other = behind.get((edit.tensor, *outer))
+            if edit.operator != "add" and other is not None:
+                raise ArchitectureError(
+                    f"edits.{number}: {edit.tensor} is edited by edits.{other} already, whose "
+                    f"hook acts behind this one's; name the {edit.operator} first"
+                )
         edited |= {edit.tensor: number for edit in step.edits}
+        if not step.reads_base:
+            behind |= {(one.tensor, one.operator, one.site): number for one in step.edits}
 
 
 def direction_layers(recipe: Recipe) -> tuple[int, ...]:

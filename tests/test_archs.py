@@ -303,6 +303,38 @@ def test_a_multiplier_that_a_row_forgets_is_found(tmp_path: Path) -> None:
     assert effect_lost(before, hooked, after.logits(BATCH)) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            {"op": "ablate", "layers": [1]},
+            {"op": "add", "layer": 1, "strength": 2.0, "carrier": "bias"},
+        ),
+        (
+            {"op": "gate", "layers": [1], "sites": ["mlp"], "strength": 4.0},
+            {"op": "ablate", "layers": [1]},
+        ),
+    ],
+    ids=["ablate-add", "gate-ablate"],
+)
+def test_edits_of_one_tensor_compose_from_the_inside_out(
+    tmp_path: Path, first: dict[str, object], second: dict[str, object]
+) -> None:
+    """GPT-2 has a bias for the vector already, so the ablation edits it too."""
+    folder = tmp_path / "gpt2"
+    write_tiny("gpt2", folder)
+    base, arch = Checkpoint.open(folder), ARCHS["gpt2"]
+    recipe = recipe_of(first, second)
+    model = LiveModel.load(folder, arch)
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
+        hooked = model.logits(BATCH)
+    after = baked(base, arch, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+    with pytest.raises(ArchitectureError, match=f"name the {first['op']} first"):
+        make_plan(recipe_of(second, first), base, arch)
+
+
 def test_a_slot_that_the_class_does_not_have_fails(tmp_path: Path) -> None:
     """Qwen 2 hard-codes down_proj without a bias: a row that says otherwise is caught."""
     folder = tmp_path / "qwen2"
