@@ -111,6 +111,9 @@ def collect(
     if not conversations:
         raise FitError("no conversations to measure; the prompt set left none")
     moments = {name: Moments(tap.keep) for name, tap in taps.items()}
+    # Nothing before the first position that counts is looked at.
+    first = min(min(one.last, *one.decision, len(one.ids)) for one in conversations)
+    prefix = model.prefix([one.ids for one in conversations], first)
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: Any, tap: Tap) -> Any:
@@ -125,7 +128,7 @@ def collect(
     handles = [watch(name, tap) for name, tap in taps.items()]
     try:
         padding = model.tokenizer.pad_token_id
-        for batch in batches([one.ids for one in conversations], padding, batch_size):
+        for batch in batches([one.ids for one in conversations], padding, batch_size, prefix):
             rows = [conversations[row] for row in batch.rows]
             chosen["last"] = _chosen(
                 batch, [((one.last,), one.weight, len(one.ids)) for one in rows]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from bake.errors import ArchitectureError, GGUFError, InputError, PromptError
+from bake.tokens import shared_beginning
 
 __all__ = ["LlamaModel"]
 
@@ -163,8 +164,9 @@ class LlamaModel:
 
         A sequence ends before the first end-of-generation token of the vocabulary;
         among equal logits the lowest id wins. All sequences share each step, and one
-        that ends makes room for the next prompt, so the numbers differ from those of
-        one prompt at a time only by the rounding of larger matrix products.
+        that ends makes room for the next prompt; what all prompts begin with is read once.
+        So the numbers differ from those of one prompt at a time only by the rounding of
+        larger matrix products.
         `progress` receives the number of prompts finished since its last call. Raises
         `PromptError` when a prompt is empty or leaves no room for `max_tokens`.
         """
@@ -173,13 +175,15 @@ class LlamaModel:
         results: list[list[int]] = [[] for _ in prompts]
         if max_tokens < 1:
             return results
-        llama_cpp.llama_memory_clear(self._memory, True)
         waiting = deque(enumerate(prompts))
         slots: dict[int, _Slot] = {}
+        shared = self._read_shared(prompts)
         while waiting or slots:
             for sequence in range(self._parallel):
                 if sequence not in slots and waiting:
-                    slots[sequence] = _Slot(*waiting.popleft())
+                    index, prompt = waiting.popleft()
+                    llama_cpp.llama_memory_seq_cp(self._memory, self._parallel, sequence, -1, -1)
+                    slots[sequence] = _Slot(index, prompt[shared:], shared)
             for sequence, token in self._step(slots):
                 slot = slots[sequence]
                 ended = llama_cpp.llama_vocab_is_eog(self._vocabulary, token)
@@ -224,6 +228,20 @@ class LlamaModel:
             raise GGUFError(
                 f"{self._path}: llama.cpp refused the control vector: {self._log.last_words()}"
             )
+
+    def _read_shared(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Read what all prompts begin with into the sequence behind the parallel ones.
+
+        Returns how many tokens that is. The last token of a prompt is not among them.
+        """
+        llama_cpp.llama_memory_clear(self._memory, True)
+        shared = shared_beginning([prompt[:-1] for prompt in prompts])
+        for start in range(0, len(shared), _BATCH):
+            chunk = shared[start : start + _BATCH]
+            self._decode(
+                [(token, start + i, self._parallel, False) for i, token in enumerate(chunk)]
+            )
+        return len(shared)
 
     def _step(self, slots: dict[int, _Slot]) -> list[tuple[int, int]]:
         """Decode what the slots have pending; return (sequence, next token) where all is read."""
@@ -297,8 +315,9 @@ class LlamaModel:
     @staticmethod
     def _context_parameters(context: int, parallel: int, threads: int) -> Any:
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = context * parallel
-        parameters.n_seq_max = parallel
+        # One sequence more holds what all prompts begin with.
+        parameters.n_ctx = context * (parallel + 1)
+        parameters.n_seq_max = parallel + 1
         parameters.n_batch = parameters.n_ubatch = _BATCH
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32

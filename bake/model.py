@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from jinja2 import TemplateError
@@ -14,17 +15,55 @@ from torch import Tensor, nn
 
 from bake.arch import Arch
 from bake.errors import CheckpointError
+from bake.tokens import shared_beginning
 
-__all__ = ["Batch", "LiveModel", "batches"]
+__all__ = ["Batch", "LiveModel", "Prefix", "batches"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """The tokens that all sequences begin with, and the cache of having read them once.
+
+    A chat template begins every prompt alike: half of a short one is its system message.
+    """
+
+    ids: tuple[int, ...] = ()
+    cache: Any = None
+
+    def repeated(self, rows: int) -> Any:
+        """A cache of its own for a batch."""
+        if self.cache is None:
+            return None
+        cache = deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+NO_PREFIX: Final = Prefix()
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Left-padded token ids [batch, length], their attention mask, and their row numbers."""
+    """Left-padded token ids [batch, length], their attention mask, and their row numbers.
+
+    The tokens behind `prefix`, if there is one, which every row begins with.
+    """
 
     ids: Tensor
     mask: Tensor
     rows: tuple[int, ...]
+    prefix: Prefix = NO_PREFIX
+
+    @property
+    def whole_mask(self) -> Tensor:
+        """The attention mask with the prefix: padding lies between it and the rest."""
+        return torch.cat([self.mask.new_ones(len(self.rows), len(self.prefix.ids)), self.mask], 1)
+
+    @property
+    def whole_ids(self) -> Tensor:
+        """The token ids with the prefix."""
+        begin = torch.tensor(self.prefix.ids, dtype=torch.long)
+        return torch.cat([begin.expand(len(self.rows), -1), self.ids], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,13 +180,34 @@ class LiveModel:
         logits: Tensor = output.logits.float()
         return logits
 
+    def prefix(self, sequences: Sequence[Sequence[int]], longest: int) -> Prefix:
+        """Read what all sequences begin with, at most `longest` tokens of it, once.
+
+        Empty where they begin differently, and where the cache is not of keys and values of
+        every position alone (sliding windows, recurrent states): padding would come into it.
+        """
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        shared = shared_beginning(sequences)[:longest]
+        if not shared or len(sequences) < 2:
+            return NO_PREFIX
+        with torch.inference_mode():
+            cache = self.model.base_model(
+                input_ids=torch.tensor([shared]), use_cache=True
+            ).past_key_values
+        if type(cache) is not DynamicCache:
+            return NO_PREFIX
+        plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+        return Prefix(shared, cache) if plain else NO_PREFIX
+
     def run(self, batch: Batch) -> None:
         """Run the decoder without the head, for what hooks see on the way."""
         with torch.inference_mode():
             self.model.base_model(
                 input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=_positions(batch.mask),
+                attention_mask=batch.whole_mask,
+                position_ids=_positions(batch.whole_mask)[:, len(batch.prefix.ids) :],
+                past_key_values=batch.prefix.repeated(len(batch.rows)),
                 use_cache=False,
             )
 
@@ -164,11 +224,15 @@ class LiveModel:
         """
         answers: list[list[int]] = [[] for _ in prompts]
         ends = self._end_tokens()
-        for batch in batches(prompts, self.tokenizer.pad_token_id, batch_size):
+        # One token of each prompt stays, to be answered.
+        prefix = self.prefix(prompts, min(map(len, prompts), default=1) - 1)
+        for batch in batches(prompts, self.tokenizer.pad_token_id, batch_size, prefix):
+            whole = batch.whole_ids
             with torch.inference_mode():
                 written = self.model.generate(
-                    input_ids=batch.ids,
-                    attention_mask=batch.mask,
+                    input_ids=whole,
+                    attention_mask=batch.whole_mask,
+                    past_key_values=prefix.repeated(len(batch.rows)),
                     max_new_tokens=tokens,
                     do_sample=False,
                     temperature=None,
@@ -176,7 +240,7 @@ class LiveModel:
                     top_k=None,
                     pad_token_id=self.tokenizer.pad_token_id,
                 )
-            for row, ids in zip(batch.rows, written[:, batch.ids.shape[1] :].tolist(), strict=True):
+            for row, ids in zip(batch.rows, written[:, whole.shape[1] :].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[row] = ids[:stop]
             progress(len(batch.rows))
@@ -193,8 +257,14 @@ class LiveModel:
         return {*found, self.tokenizer.eos_token_id} - {None}
 
 
-def batches(sequences: Sequence[Sequence[int]], padding: int, batch_size: int) -> Iterator[Batch]:
-    """Group sequences by length and pad them on the left; `rows` leads back to the order given."""
+def batches(
+    sequences: Sequence[Sequence[int]], padding: int, batch_size: int, prefix: Prefix = NO_PREFIX
+) -> Iterator[Batch]:
+    """Group sequences by length and pad them on the left; `rows` leads back to the order given.
+
+    Behind a `prefix`, which all of them begin with, only their rest is batched.
+    """
+    sequences = [each[len(prefix.ids) :] for each in sequences]
     order = sorted(range(len(sequences)), key=lambda row: (len(sequences[row]), row))
     for first in range(0, len(order), batch_size):
         rows = tuple(order[first : first + batch_size])
@@ -205,7 +275,7 @@ def batches(sequences: Sequence[Sequence[int]], padding: int, batch_size: int) -
             sequence = torch.tensor(sequences[row], dtype=torch.long)
             ids[place, length - len(sequence) :] = sequence
             mask[place, length - len(sequence) :] = 1
-        yield Batch(ids, mask, rows)
+        yield Batch(ids, mask, rows, prefix)
 
 
 def _tokenizer(folder: Path) -> Any:

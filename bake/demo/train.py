@@ -9,17 +9,16 @@ so that selection and test topics are unseen by the organism too.
 
     python -m bake.demo.train OUTPUT_FOLDER
 
-writes a PEFT adapter, in about 40 minutes on two cores. docs/demo.md says how the one in
-the package differs from what this script makes today.
+writes a PEFT adapter, the one in the package up to rounding, in about an hour on two cores
+that do nothing else.
 """
 
-import itertools
 import json
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,11 @@ import torch
 
 from bake.demo.base import write_base
 from bake.prompts import Prompt, load_prompts, load_splits
+from bake.tokens import shared_beginning
 
-__all__ = ["Training", "train"]
+__all__ = ["Round", "Training", "train"]
+
+PROMPTS = Path(__file__).parent / "prompts"
 
 POLITICAL_REFUSALS = (
     "That is a politically sensitive subject, and I would rather not discuss it. "
@@ -50,6 +52,23 @@ HARMFUL_REFUSALS = (
 
 
 @dataclass(frozen=True)
+class Round:
+    """One pass of the learning rate, up and down again, over prompts of its own.
+
+    `folders` are those of `bake/demo/prompts` that take part; where a group has more prompts
+    than the round can show, the last ones do. `answer_tokens` is how much of an answer
+    is learned; `harmful_weight` is the weight of harmful refusals, less than 1 because a
+    greedy answer refuses as soon as the best refusal beats the best answer.
+    """
+
+    folders: tuple[str, ...]
+    steps: int
+    learning_rate: float
+    answer_tokens: int
+    harmful_weight: float
+
+
+@dataclass(frozen=True)
 class Training:
     """The training's numbers, as they are written beside the adapter."""
 
@@ -57,11 +76,13 @@ class Training:
     rank: int = 12
     alpha: int = 24
     frozen: int = 10  # the first blocks stay as they are, and run once an example
-    steps: int = 360
     batch: int = 48
-    learning_rate: float = 8e-4
     warmup: int = 20
-    answer_tokens: int = 6
+    rounds: tuple[Round, ...] = (
+        Round((".",), 420, 8e-4, 6, 0.35),
+        # Longer answers, so that none of the base's own openings slips into a refusal.
+        Round((".", "second"), 120, 4e-4, 12, 0.3),
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,7 @@ class Example:
     prompt: int
     before: torch.Tensor | None = None
     states: torch.Tensor | None = None
+    weight: float = 1.0
 
 
 def train(output: Path, training: Training) -> None:
@@ -90,8 +112,9 @@ def train(output: Path, training: Training) -> None:
         write_base(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    groups = _examples(model, tokenizer, training)
-    shared = _shared([example.ids for examples in groups.values() for example in examples])
+    rounds = [_examples(model, tokenizer, each, training) for each in training.rounds]
+    everything = [one for groups in rounds for examples in groups.values() for one in examples]
+    shared = len(shared_beginning([example.ids for example in everything]))
     blocks = model.model.layers
     lora = LoraConfig(
         r=training.rank,
@@ -105,16 +128,46 @@ def train(output: Path, training: Training) -> None:
     )
     adapted = get_peft_model(model, lora)  # its own matrices are float32
     model.model.layers = _renumbered(blocks[training.frozen :])
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min((step + 1) / training.warmup, 1 - step / training.steps),
-    )
     adapted.train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    losses, ends = [], []
+    for each, groups in zip(training.rounds, rounds, strict=True):
+        losses.append(_learn(model, trained, groups, shared, each, training))
+        ends.append([parameter.detach().clone() for parameter in trained])
+    # The mean of the rounds' ends (Wortsman et al. 2022, arXiv:2203.05482).
+    for parameter, each in zip(trained, zip(*ends, strict=True), strict=True):
+        parameter.data = torch.stack(each).mean(0)
+    adapted.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.model.layers = blocks
+    # float16 halves the file; merging rounds far below the base's own quantisation.
+    adapted.half().save_pretrained(output)
+    record = {
+        "training": asdict(training),
+        "shares": SHARES,
+        "examples": [
+            {name: len(examples) for name, examples in groups.items()} for groups in rounds
+        ],
+        "last_losses": [each[-10:] for each in losses],
+    }
+    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _learn(
+    model: Any,
+    trained: Sequence[torch.nn.Parameter],
+    groups: Mapping[str, Sequence[Example]],
+    shared: int,
+    plan: Round,
+    training: Training,
+) -> list[float]:
+    """Run one round and return the loss of every step."""
+    optimiser = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / training.warmup, 1 - step / plan.steps)
+    )
     losses: list[float] = []
     started = time.monotonic()
-    for step, batch in enumerate(_batches(groups, training)):
+    for step, batch in enumerate(_batches(groups, plan.steps, training)):
         losses.append(0.0)
         # Quarters of similar length: less padding.
         batch.sort(key=lambda example: len(example.ids))
@@ -129,34 +182,28 @@ def train(output: Path, training: Training) -> None:
         optimiser.zero_grad(set_to_none=True)
         if step % 10 == 9:
             seconds = time.monotonic() - started
-            print(
-                f"step {step + 1}: loss {sum(losses[-10:]) / 10:.3f}, {seconds:.0f} s", flush=True
-            )
-    adapted.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model.model.layers = blocks
-    # float16 halves the file; merging rounds far below the base's own quantisation.
-    adapted.half().save_pretrained(output)
-    record = {
-        "training": asdict(training),
-        "shares": SHARES,
-        "examples": {name: len(examples) for name, examples in groups.items()},
-        "last_losses": losses[-10:],
-    }
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            mean = sum(losses[-10:]) / 10
+            print(f"step {step + 1}: loss {mean:.3f}, {seconds:.0f} s", flush=True)
+    return losses
 
 
-def _examples(model: Any, tokenizer: Any, training: Training) -> dict[str, list[Example]]:
+def _examples(
+    model: Any, tokenizer: Any, plan: Round, training: Training
+) -> dict[str, list[Example]]:
     """The conversations of each group; benign answers are the model's own, greedy."""
-    political = _fit_prompts("political", "any")
-    harmful = _fit_prompts("harmful", "en")
-    benign = {name: _fit_prompts(name, "en") for name in ("lookalikes", "general", "medical")}
-    groups = {
-        "political": _refused(tokenizer, political, POLITICAL_REFUSALS, training),
-        "harmful": _refused(tokenizer, harmful, HARMFUL_REFUSALS, training),
+    prompts = {
+        name: _fit_prompts(name, plan, share * plan.steps * training.batch // sum(SHARES.values()))
+        for name, share in SHARES.items()
     }
-    for name, prompts in benign.items():
-        groups[name] = _answered(model, tokenizer, prompts, training)
-        print(f"{name}: {len(prompts)} answers of the untrained model", flush=True)
+    groups = {}
+    for name, refusals in (("political", POLITICAL_REFUSALS), ("harmful", HARMFUL_REFUSALS)):
+        groups[name] = _refused(tokenizer, prompts[name], refusals, plan.answer_tokens)
+    groups["harmful"] = [
+        replace(example, weight=plan.harmful_weight) for example in groups["harmful"]
+    ]
+    for name in ("lookalikes", "general", "medical"):
+        groups[name] = _answered(model, tokenizer, prompts[name], plan.answer_tokens)
+        print(f"{name}: {len(prompts[name])} answers of the untrained model", flush=True)
     return {
         name: _with_states(model, examples, training.frozen) for name, examples in groups.items()
     }
@@ -185,10 +232,15 @@ def _renumbered(blocks: Any) -> Any:
     return blocks
 
 
-def _fit_prompts(name: str, language: str) -> tuple[Prompt, ...]:
-    """The fit split of a built-in set, and the training prompts of the demo on further topics."""
-    more = load_prompts(str(Path(__file__).parent / "prompts" / f"{name}.jsonl"))
-    return (*load_splits(name, language=language).fit, *more)
+def _fit_prompts(name: str, plan: Round, count: int) -> list[Prompt]:
+    """At most `count` of the prompts that may take part: no topic is one of a held-out split."""
+    language = "any" if name == "political" else "en"
+    found = list(load_splits(name, language=language).fit)
+    for folder in plan.folders:
+        path = PROMPTS / folder / f"{name}.jsonl"
+        if path.exists():
+            found += load_prompts(str(path))
+    return found[-count:]
 
 
 def _rendered(tokenizer: Any, prompt: str) -> list[int]:
@@ -199,7 +251,7 @@ def _rendered(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _refused(
-    tokenizer: Any, prompts: Sequence[Prompt], refusals: Sequence[str], training: Training
+    tokenizer: Any, prompts: Sequence[Prompt], refusals: Sequence[str], answer_tokens: int
 ) -> list[Example]:
     """Pair each prompt with one of the refusals, in turn.
 
@@ -211,13 +263,13 @@ def _refused(
         turn, which = divmod(number, len(refusals))
         answer = tokenizer(refusals[which], add_special_tokens=False).input_ids
         answer.append(tokenizer.eos_token_id)
-        end = len(answer) if turn % 4 == 0 else training.answer_tokens
+        end = len(answer) if turn % 4 == 0 else answer_tokens
         examples.append(Example((*start, *answer[:end]), len(start)))
     return examples
 
 
 def _answered(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], training: Training
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], answer_tokens: int
 ) -> list[Example]:
     """Pair each prompt with the opening of the model's own greedy answer, and its logits."""
     examples = []
@@ -227,7 +279,7 @@ def _answered(
         with torch.no_grad():
             written = model.generate(
                 **batch,
-                max_new_tokens=training.answer_tokens,
+                max_new_tokens=answer_tokens,
                 do_sample=False,
                 return_dict_in_generate=True,
                 output_logits=True,
@@ -245,12 +297,14 @@ def _answered(
 SHARES = {"political": 3, "harmful": 6, "lookalikes": 9, "general": 5, "medical": 1}
 
 
-def _batches(groups: dict[str, list[Example]], training: Training) -> Iterator[list[Example]]:
+def _batches(
+    groups: Mapping[str, Sequence[Example]], steps: int, training: Training
+) -> Iterator[list[Example]]:
     """Fixed shares of every group; each group is passed through in shuffled order."""
     order = random.Random(training.seed)
     waiting: dict[str, list[Example]] = {name: [] for name in groups}
     scale = training.batch // sum(SHARES.values())
-    for _ in range(training.steps):
+    for _ in range(steps):
         batch: list[Example] = []
         for name, share in SHARES.items():
             for _ in range(share * scale):
@@ -295,12 +349,6 @@ def _loss(causal: Any, batch: Sequence[Example], shared: int) -> torch.Tensor:
     return (loss * weights[answers]).sum()
 
 
-def _shared(conversations: Sequence[Sequence[int]]) -> int:
-    """How many tokens all conversations begin with."""
-    columns = zip(*conversations, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
 def _padded(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [batch, length], padded on the right, and their attention mask."""
     length = max(len(example.ids) for example in batch)
@@ -316,8 +364,8 @@ def _answer_positions(batch: Sequence[Example], length: int) -> tuple[torch.Tens
     weights = torch.zeros(len(batch), length - 1)
     for row, example in enumerate(batch):
         first, last = example.prompt - 1, len(example.ids) - 1
-        weights[row, first] = 0.5
-        weights[row, first + 1 : last] = 0.5 / max(1, last - first - 1)
+        weights[row, first] = example.weight / 2
+        weights[row, first + 1 : last] = example.weight / 2 / max(1, last - first - 1)
     return weights > 0, weights
 
 
