@@ -122,10 +122,7 @@ class Plan:
                 f"{sum(name.startswith(start) for name in names)} tensors"
             )
         if self._moved:
-            lines.append(
-                f"renamed: {len(self._moved)} tensors, of the "
-                f"{self.layers - self.insertion.after[0] - 1} blocks behind"
-            )
+            lines.append(f"renamed: {len(self._moved)} tensors of the blocks behind")
         lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
         lines += self.notes
         return "\n".join(lines)

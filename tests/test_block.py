@@ -462,7 +462,7 @@ def test_the_plan_shows_the_block_the_names_and_the_config(tmp_path: Path) -> No
     assert "add       block    model.layers.2.post_feedforward_layernorm.weight" in table
     assert "ablate    -        model.layers.4.mlp.down_proj.weight" in table
     assert "inserted: block 2 behind block 1, 11 tensors" in table
-    assert "renamed: 22 tensors, of the 2 blocks behind" in table
+    assert "renamed: 22 tensors of the blocks behind" in table
     assert "created" not in table
     assert "config.json: num_hidden_layers = 5" in table
     values = plan.as_json()
