@@ -84,6 +84,7 @@ def block_carrier(base: Checkpoint, arch: Arch, layer: int, runtimes: Iterable[s
         "block",
         *(carrying.name, carrying.shape, carrying.dtype, multiplier),
         arch.block_module(layer, branch.module),
+        branch.writers[0].axis,
         neurons=neurons,
         created=tuple(created.values()),
         inserted=(layer,),
