@@ -28,11 +28,15 @@ class Insertion:
     layers: int
     after: tuple[int, ...] = ()
 
+    def behind(self, layer: int) -> int:
+        """The number that the block inserted behind a layer has before it is written."""
+        return self.layers + layer
+
     def number(self, block: int) -> int:
-        """The number that a block is written under; that behind block L is `layers` + L before."""
-        behind = block >= self.layers
-        base = block - self.layers if behind else block
-        return base + behind + sum(layer < base for layer in self.after)
+        """The number that a block is written under."""
+        inserted = block >= self.layers
+        base = block - self.layers if inserted else block
+        return base + inserted + sum(layer < base for layer in self.after)
 
     def renamed(self, names: Iterable[str]) -> dict[str, str]:
         """The names that change, with what they become."""
@@ -48,7 +52,7 @@ class Insertion:
         found = self._pattern.match(name)
         if not found or int(found[1]) not in self.after:
             return ()
-        return (self._named(found, self.layers + int(found[1]), name),)
+        return (self._named(found, self.behind(int(found[1])), name),)
 
     def original(self, name: str) -> str | None:
         """The name that a tensor of an inserted block has in the block of the base before it."""

@@ -97,7 +97,7 @@ class Plan:
 
     def _places(self, layer: int) -> tuple[int, int]:
         """What a block of the base, and the one inserted behind it, are numbered in the end."""
-        return self.insertion.number(layer), self.insertion.number(self.insertion.layers + layer)
+        return self.insertion.number(layer), self.insertion.number(self.insertion.behind(layer))
 
     def table(self) -> str:
         """The plan as aligned plain text, with the names that are written."""
@@ -116,7 +116,7 @@ class Plan:
             lines.append(f"created: {biases} tensors of zeros beside the edited biases")
         for layer in self.insertion.after:
             before, number = self._places(layer)
-            start = f"{self.insertion.layer.format(layer=self.layers + layer)}."
+            start = f"{self.insertion.layer.format(layer=self.insertion.behind(layer))}."
             lines.append(
                 f"inserted: block {number} behind block {before}, "
                 f"{sum(name.startswith(start) for name in names)} tensors"

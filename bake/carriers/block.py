@@ -65,15 +65,14 @@ def block_carrier(base: Checkpoint, arch: Arch, layer: int, runtimes: Iterable[s
     width = arch.width(base.config)
     slope = 2.0 ** round(-log2(width) / 2)
     fills = _fills(block, branch, tensors, width, slope)
-    insertion = Insertion(arch.layer, count, (layer,))
-    behind = list(tensors.values())[-1].name
-    created = {
-        inside: CreatedTensor(
-            *(*insertion.copies(info.name), info.shape, info.dtype, behind),
-            *(fills.get(inside, _Fill()).value, fills.get(inside, _Fill()).diagonals),
+    number = Insertion(arch.layer, count).behind(layer)
+    last = list(tensors.values())[-1].name
+    created = {}
+    for inside, info in tensors.items():
+        name, fill = arch.block_module(number, inside), fills.get(inside, _Fill())
+        created[inside] = CreatedTensor(
+            *(name, info.shape, info.dtype, last), value=fill.value, diagonals=fill.diagonals
         )
-        for inside, info in tensors.items()
-    }
     if branch.norm:
         carrying, multiplier, neurons = created[f"{branch.norm}.weight"], 1.0, 0
     else:
@@ -139,10 +138,10 @@ def _fills(
             f"{tensors[up].name}: is F16, which may overflow with the square of a stream that no "
             "norm has scaled; give a BF16 or F32 checkpoint"
         )
-    pairs = {gate: ((0, slope), (width, -slope)), up: ((0, 1.0), (width, -1.0))}
-    if gate == up:
-        pairs = {gate: (*((0, slope), (width, -slope)), (neurons, 1.0), (neurons + width, -1.0))}
-    fills = {name: _Fill(diagonals=diagonals) for name, diagonals in pairs.items()}
+    first = neurons if gate == up else 0
+    fills = {gate: _Fill(diagonals=((0, slope), (width, -slope)))}
+    below = fills[gate].diagonals if gate == up else ()
+    fills[up] = _Fill(diagonals=(*below, (first, 1.0), (first + width, -1.0)))
     fills |= {name: _Fill(1.0 - block.norm_offset) for name in norms}
     if branch.norm:
         fills[down] = _Fill(1.0 / slope)

@@ -108,7 +108,8 @@ def patch(
     new = {tensor.name: tensor for tensor in created}
     names = _order(base, created)
     written = {name: renamed.get(name, name) for name in names}
-    shapes = {name: tensor.shape for name, tensor in {**base.tensors, **new}.items()}
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    shapes |= {name: tensor.shape for name, tensor in new.items()}
     listing_size = sum(
         8 + len(written[name].encode()) + 4 + 8 * len(shapes[name]) + 12 for name in names
     )
