@@ -20,7 +20,6 @@ COUNTS = {
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
     "attention.sliding_window": "sliding_window",
     "vocab_size": "vocab_size",
 }
@@ -47,6 +46,9 @@ def write_tiny_gguf(base: Checkpoint, arch: Arch, path: Path) -> None:
     for key, name in NUMBERS.items():
         if getattr(config, name, None) is not None:
             writer.add_float32(f"{kind}.{key}", getattr(config, name))
+    # llama.cpp takes a number or a list with one a layer; the list shows whether it follows.
+    heads = [config.num_key_value_heads] * config.num_hidden_layers
+    writer.add_array(f"{kind}.attention.head_count_kv", heads)
     scale = getattr(config, "logits_scaling", getattr(config, "logit_scale", None))
     if scale is not None:
         writer.add_float32(f"{kind}.logit_scale", scale)
@@ -59,9 +61,9 @@ def write_tiny_gguf(base: Checkpoint, arch: Arch, path: Path) -> None:
     writer.add_float32(f"{kind}.rope.freq_base", rope["rope_theta"])
     for name in base.tensors:
         weight = base.read(name).float() + arch.gguf_gain(name)
-        heads = arch.rotary_heads(name, base.config)
-        if heads:
-            weight = permuted_rows(weight, heads)
+        permuted = arch.rotary_heads(name, base.config)
+        if permuted:
+            weight = permuted_rows(weight, permuted)
         writer.add_tensor(arch.gguf_name(name), weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
