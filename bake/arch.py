@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from bake.errors import ArchitectureError
 
-__all__ = ["Arch", "Axis", "BiasSlot", "Branch", "Inner", "Site", "Writer", "Written"]
+__all__ = ["Arch", "Axis", "BiasSlot", "Block", "Branch", "Inner", "Site", "Writer", "Written"]
 
 Site = Literal["attention", "mlp"]
 # The axis of a writer's weight that the stream has: rows of [.., d_out, d_in], or
@@ -87,6 +87,38 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Block:
+    """The roles of a dense block's modules, for an inserted one that adds a constant.
+
+    Its MLP is down(act(gate x) * up x), where x comes through `norms`, whose gain is
+    `norm_offset` + weight, or is the stream itself; `gate` and `up` may be one module with
+    the gate's rows first. The key `activation` of config.json names act. `per_layer` are
+    the keys with an entry for every layer, `leading` those that count layers from the
+    first one. `unserved` are runtimes that would run the block or those behind it as
+    others, each with the reason. llama.cpp reads the layers' windows from a list in
+    the GGUF if `windows`, and treats models of these `sizes`, in layers, as others.
+    """
+
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    norms: tuple[str, ...] = ("post_attention_layernorm",)
+    norm_offset: float = 0.0
+    activation: str = "hidden_act"
+    per_layer: tuple[str, ...] = ()
+    leading: tuple[str, ...] = ()
+    unserved: tuple[tuple[str, str], ...] = ()
+    windows: bool = False
+    sizes: tuple[int, ...] = ()
+
+    def refusals(self, before: int, after: int) -> Mapping[str, str]:
+        """By runtime, why it would not serve a model of `before` layers that gets `after`."""
+        known = [size for size in self.sizes if size in (before, after)]
+        reason = f"takes a model of {known[0]} layers for another size" if known else ""
+        counted = {runtime: reason for runtime in ("llama.cpp", "ollama") if known}
+        return dict(self.unserved) | counted
+
+
+@dataclass(frozen=True)
 class Inner:
     """The text model inside a multimodal checkpoint.
 
@@ -107,7 +139,8 @@ class Arch:
     blocks, `embeddings` the modules that the stream starts from. `rotary` maps a
     module to the config key of the head count by which llama.cpp's converter permutes
     its rows (conversion/llama.py, `permute`). In a `parallel` block all branches read
-    the same stream; a name means the config key that says so. Tensors that `ignored`
+    the same stream; a name means the config key that says so. `block` says how to fill an
+    inserted block, or why none can be inserted. Tensors that `ignored`
     matches are kept by stock classes out of the model, and copied. `inner` is set for a
     multimodal checkpoint (`bake.wrappers`), whose names are then those on its disk.
     """
@@ -124,6 +157,7 @@ class Arch:
     width_key: str = "hidden_size"
     rotary: tuple[tuple[str, str], ...] = ()
     parallel: bool | str = False
+    block: Block | str = "no row of how to fill a block of its own"
     embedding_scale: tuple[str | int, ...] | Literal["sqrt(width)"] = ()
     ignored: str = ""
     inner: Inner | None = None
@@ -203,6 +237,11 @@ class Arch:
         """By what llama.cpp's converter multiplied this tensor."""
         found = self._weights.get(re.sub(r"\.bias$", ".weight", self._inside(tensor)[1]))
         return found[0].multiplier(self.numbers(config)) if found and found[0].folded else 1.0
+
+    def gguf_gain(self, tensor: str) -> float:
+        """What llama.cpp's converter adds to a norm's weight: Gemma's 1 (conversion/gemma.py)."""
+        offset = self.block.norm_offset if isinstance(self.block, Block) else 0.0
+        return offset if tensor.endswith("norm.weight") else 0.0
 
     def tied(self, names: Iterable[str]) -> bool:
         """Whether the embedding is also the unembedding: there is no other one on disk."""

@@ -9,7 +9,7 @@ the same tests through the disk (tests/test_archs.py).
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from bake.arch import Arch, BiasSlot, Branch, Writer
+from bake.arch import Arch, BiasSlot, Block, Branch, Writer
 from bake.errors import ArchitectureError
 from bake.wrappers import SECTION, text_numbers, wrapped
 
@@ -38,6 +38,13 @@ _QK_NORM = ("self_attn.q_norm", "self_attn.k_norm")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 
 
+# Why a row has no inserted block.
+_EXPERTS_IN_IT = "its MLP is a mixture of experts, for which no constant is known"
+_MIXED = "its blocks are of several kinds, which some runtimes take from a block's number"
+_UNGATED = "its MLP has no gate, and its writers have native biases for the vector"
+_WINDOWS = ("layer_types",)
+
+
 def _slot(writer: Writer, slot: BiasSlot, *runtimes: str) -> Writer:
     """A writer with a bias slot, which only some runtimes serve if they are named."""
     return replace(writer, bias=replace(slot, runtimes=frozenset(runtimes)) if runtimes else slot)
@@ -60,11 +67,19 @@ _LLAMA = Arch(
         ("self_attn.q_proj", "num_attention_heads"),
         ("self_attn.k_proj", "num_key_value_heads"),
     ),
+    block=Block(),
 )
 # The next classes hard-code their writers without a bias.
 _MISTRAL = replace(_LLAMA, model_type="mistral", branches=(_ATTENTION, _MLP))
 _PLAIN = replace(_MISTRAL, rotary=())
-_QWEN2 = replace(_PLAIN, model_type="qwen2", gguf_architecture="qwen2")
+# Layers from max_window_layers on have a window, where there is one (models/qwen2/
+# configuration_qwen2.py:88).
+_QWEN2 = replace(
+    _PLAIN,
+    model_type="qwen2",
+    gguf_architecture="qwen2",
+    block=Block(per_layer=_WINDOWS, leading=("max_window_layers",)),
+)
 # llama.cpp refuses a qwen3 file with attn_output.bias; vLLM and MLX have no slot for it.
 _QWEN3 = replace(
     _QWEN2,
@@ -84,6 +99,13 @@ _SMOLLM3 = replace(
     branches=(
         _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "vllm", "mlx")),
         _with(_MLP, _slot(_DOWN, _MLP_BIAS, "transformers", "vllm", "mlx")),
+    ),
+    block=Block(
+        per_layer=("layer_types", "no_rope_layers"),
+        unserved=tuple(
+            (name, "takes every 4th block for one without rotary embedding (smollm3.cpp:5)")
+            for name in ("llama.cpp", "ollama")
+        ),
     ),
 )
 # transformers models/granite/modeling_granite.py:272, 277; sglang has no biases.
@@ -110,12 +132,15 @@ _GEMMA = replace(
         _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers")),
         _MLP,
     ),
+    block=Block(norm_offset=1.0),
 )
+_FUSED = Block(gate="mlp.gate_up_proj", up="mlp.gate_up_proj")
 _PHI3 = replace(
     _PLAIN,
     model_type="phi3",
     gguf_architecture="phi3",
     readers=(*_NORMS, "self_attn.qkv_proj", "mlp.gate_up_proj"),
+    block=_FUSED,
 )
 _STARCODER2 = replace(
     _PLAIN,
@@ -123,6 +148,7 @@ _STARCODER2 = replace(
     gguf_architecture="starcoder2",
     branches=(_ATTENTION, _with(_MLP, Writer("mlp.c_proj"))),
     readers=(*_NORMS, *_QKV, "mlp.c_fc"),
+    block=_UNGATED,
 )
 _STABLELM = replace(
     _PLAIN,
@@ -130,6 +156,8 @@ _STABLELM = replace(
     gguf_architecture="stablelm",
     readers=(*_PLAIN.readers, "self_attn.q_layernorm", "self_attn.k_layernorm"),
     parallel="use_parallel_residual",
+    # Where attention and MLP are parallel, both read the first norm.
+    block=Block(norms=_NORMS),
 )
 # Attention and MLP read the same norm. transformers models/cohere2/modeling_cohere2.py:300-310.
 _COHERE2 = replace(
@@ -142,12 +170,19 @@ _COHERE2 = replace(
     ),
     readers=("input_layernorm", *_QKV, *_GATED),
     parallel=True,
+    block=Block(
+        norms=("input_layernorm",),
+        per_layer=_WINDOWS,
+        unserved=(("mlx", "takes a block's window from its number (models/cohere2.py:59)"),),
+        windows=True,
+    ),
 )
 _COHERE = replace(
     _COHERE2,
     model_type="cohere",
     gguf_architecture="command-r",
     readers=(*_COHERE2.readers, *_QK_NORM),
+    block=Block(norms=("input_layernorm",)),
 )
 _PHI = replace(
     _PLAIN,
@@ -163,6 +198,7 @@ _PHI = replace(
     ),
     outside=("model.embed_tokens", "model.final_layernorm", "lm_head"),
     parallel=True,
+    block=_UNGATED,
 )
 
 # Post-norms: the stream receives g * y / rms(y). Gemma's gain is 1 + weight
@@ -177,12 +213,32 @@ _GEMMA2 = replace(
         replace(_MLP, norm="post_feedforward_layernorm", norm_offset=1.0),
     ),
     readers=("input_layernorm", "pre_feedforward_layernorm", *_QKV, *_GATED),
+    # llama.cpp scales the attention of the 27B by its 46 layers (gemma2.cpp:18-28).
+    block=Block(
+        norms=("pre_feedforward_layernorm",),
+        norm_offset=1.0,
+        activation="hidden_activation",
+        per_layer=_WINDOWS,
+        unserved=(("sglang", "takes a block's window from its number (models/gemma2.py:173)"),),
+        windows=True,
+        sizes=(46,),
+    ),
 )
+# llama.cpp scales the attention of the 27B by its 62 layers (gemma3.cpp:19-31).
 _GEMMA3 = replace(
     _GEMMA2,
     model_type="gemma3_text",
     gguf_architecture="gemma3",
     readers=(*_GEMMA2.readers, *_QK_NORM),
+    block=Block(
+        norms=("pre_feedforward_layernorm",),
+        norm_offset=1.0,
+        activation="hidden_activation",
+        per_layer=_WINDOWS,
+        unserved=(("mlx", "takes a block's window from its number (models/gemma3_text.py:55)"),),
+        windows=True,
+        sizes=(62,),
+    ),
 )
 _OLMO2 = replace(
     _PLAIN,
@@ -193,6 +249,11 @@ _OLMO2 = replace(
         replace(_MLP, norm="post_feedforward_layernorm"),
     ),
     readers=(*_QKV, *_QK_NORM, *_GATED),
+    # There is no norm in front of the MLP.
+    block=Block(norms=()),
+)
+_OLMO3 = replace(
+    _OLMO2, model_type="olmo3", block=Block(norms=(), per_layer=_WINDOWS, windows=True)
 )
 _GLM4 = replace(
     _PLAIN,
@@ -203,6 +264,7 @@ _GLM4 = replace(
         replace(_MLP, norm="post_mlp_layernorm"),
     ),
     readers=(*_NORMS, *_QKV, "mlp.gate_up_proj"),
+    block=_FUSED,
 )
 
 # Mixtures of experts: one tensor an expert on disk, beside dense layers and shared experts.
@@ -220,6 +282,7 @@ def _shared(name: str) -> tuple[str, ...]:
 _MIXTRAL = replace(
     _MISTRAL,
     model_type="mixtral",
+    block=_EXPERTS_IN_IT,
     branches=(
         _ATTENTION,
         _with(_MLP, Writer("block_sparse_moe.experts.{expert}.w2")),
@@ -232,6 +295,7 @@ _MIXTRAL = replace(
 _QWEN2_MOE = replace(
     _PLAIN,
     model_type="qwen2_moe",
+    block=_EXPERTS_IN_IT,
     gguf_architecture="qwen2moe",
     branches=(
         _ATTENTION,
@@ -242,6 +306,7 @@ _QWEN2_MOE = replace(
 _QWEN3_MOE = replace(
     _QWEN3,
     model_type="qwen3_moe",
+    block=_EXPERTS_IN_IT,
     gguf_architecture="qwen3moe",
     branches=(_QWEN3.branches[0], replace(_MLP, writers=(_DOWN, _EXPERTS))),
     readers=(*_QWEN3.readers, *_EXPERT_READERS),
@@ -249,6 +314,7 @@ _QWEN3_MOE = replace(
 _GLM4_MOE = replace(
     _PLAIN,
     model_type="glm4_moe",
+    block=_EXPERTS_IN_IT,
     gguf_architecture="glm4moe",
     branches=(
         _ATTENTION,
@@ -260,6 +326,7 @@ _GLM4_MOE = replace(
 _DEEPSEEK_V2 = replace(
     _GLM4_MOE,
     model_type="deepseek_v2",
+    block=_EXPERTS_IN_IT,
     gguf_architecture="deepseek2",
     readers=(
         *(*_NORMS, *_GATED, *_EXPERT_READERS, *_shared("shared_experts")),
@@ -273,6 +340,7 @@ _DEEPSEEK_V3 = replace(_DEEPSEEK_V2, model_type="deepseek_v3")
 _GRANITEMOE = replace(
     _GRANITE,
     model_type="granitemoe",
+    block=_EXPERTS_IN_IT,
     gguf_architecture="granitemoe",
     branches=(
         replace(
@@ -295,6 +363,7 @@ _GRANITEMOE = replace(
 _GPT_OSS = replace(
     _PLAIN,
     model_type="gpt_oss",
+    block=_EXPERTS_IN_IT,
     gguf_architecture="gpt-oss",
     branches=(
         _ATTENTION,
@@ -311,6 +380,7 @@ _LINEAR = Branch("attention", "linear_attn", (Writer("linear_attn.out_proj"),))
 _QWEN3_NEXT = replace(
     _QWEN2_MOE,
     model_type="qwen3_next",
+    block=_MIXED,
     gguf_architecture="qwen3next",
     branches=(_ATTENTION, _LINEAR, _QWEN2_MOE.branches[1]),
     readers=(
@@ -326,6 +396,7 @@ _QWEN3_NEXT = replace(
 _QWEN3_5_MOE = replace(
     _QWEN3_NEXT,
     model_type="qwen3_5_moe_text",
+    block=_MIXED,
     gguf_architecture="qwen35moe",
     branches=(
         *_QWEN3_NEXT.branches[:2],
@@ -342,6 +413,7 @@ _QWEN3_5_MOE = replace(
 _QWEN3_5 = replace(
     _QWEN3_NEXT,
     model_type="qwen3_5_text",
+    block=_MIXED,
     gguf_architecture="qwen35",
     branches=(_ATTENTION, _LINEAR, _MLP),
 )
@@ -350,6 +422,7 @@ _QWEN3_5 = replace(
 _FALCON_H1 = replace(
     _PLAIN,
     model_type="falcon_h1",
+    block=_MIXED,
     gguf_architecture="falcon-h1",
     embedding_scale=("embedding_multiplier",),
     branches=(
@@ -395,6 +468,7 @@ _FALCON_H1 = replace(
 _LFM2 = replace(
     _PLAIN,
     model_type="lfm2",
+    block=_MIXED,
     gguf_architecture="lfm2",
     branches=(
         _with(_ATTENTION, Writer("self_attn.out_proj")),
@@ -412,6 +486,7 @@ _LFM2 = replace(
 # The elders. Every linear layer has a bias.
 _GPT_NEOX = Arch(
     model_type="gpt_neox",
+    block=_UNGATED,
     gguf_architecture="gptneox",
     branches=(
         Branch("attention", "attention", (Writer("attention.dense"),)),
@@ -430,6 +505,7 @@ _GPT_NEOX = Arch(
 # Conv1D: [d_in, d_out].
 _GPT2 = Arch(
     model_type="gpt2",
+    block=_UNGATED,
     gguf_architecture="gpt2",
     branches=(
         Branch("attention", "attn", (Writer("attn.c_proj", -1),)),
@@ -448,7 +524,7 @@ ARCHS: Mapping[str, Arch] = {
     for row in (
         _LLAMA,
         _MISTRAL,
-        replace(_MISTRAL, model_type="ministral"),
+        replace(_MISTRAL, model_type="ministral", block=Block(per_layer=_WINDOWS)),
         _MIXTRAL,
         _QWEN2,
         _QWEN2_MOE,
@@ -469,7 +545,7 @@ ARCHS: Mapping[str, Arch] = {
         _DEEPSEEK_V2,
         _DEEPSEEK_V3,
         _OLMO2,
-        replace(_OLMO2, model_type="olmo3"),
+        _OLMO3,
         _GRANITE,
         _GRANITEMOE,
         _COHERE,

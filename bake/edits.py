@@ -60,15 +60,26 @@ class PlannedEdit:
 
 @dataclass(frozen=True)
 class CreatedTensor:
-    """A tensor that the base does not have: zeros of `shape` before its edits.
+    """A tensor that the base does not have: what it holds before its edits, and where it goes.
 
-    It goes right behind the tensor named `beside`, into the same file.
+    It is `value` everywhere, but for square `diagonals`: (row, number) puts the number at
+    [row + i, i] for every column i. It goes right behind the tensor named `beside`, into
+    the same file.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     beside: str
+    value: float = 0.0
+    diagonals: tuple[tuple[int, float], ...] = ()
+
+    def filled(self) -> Tensor:
+        """The tensor before its edits, in float32."""
+        tensor = torch.full(self.shape, self.value, dtype=torch.float32)
+        for row, number in self.diagonals:
+            tensor[row : row + self.shape[-1]].fill_diagonal_(number)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,8 @@ class Step:
     """What one entry of a recipe's `edits` changes: tensors, new tensors, config.json by path.
 
     `notes` say what the plan chose, and why. The hooks of a step with `reads_base` read the
-    weights of the base, so no step before it may have edited its tensors.
+    weights of the base, so no step before it may have edited its tensors. `inserted` are the
+    layers of the base behind which it needs a block of its own (`bake.insertion`).
     """
 
     edits: tuple[PlannedEdit, ...]
@@ -84,6 +96,7 @@ class Step:
     config: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     reads_base: bool = False
+    inserted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

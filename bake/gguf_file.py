@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bake.errors import GGUFError
 
-__all__ = ["GGUFArray", "GGUFFile", "GGUFTensor", "Span", "padded", "read_tensor"]
+__all__ = ["SCALARS", "GGUFArray", "GGUFFile", "GGUFTensor", "Span", "padded", "read_tensor"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -46,7 +46,7 @@ _LENGTH = struct.Struct("<Q")
 _INTEGER = struct.Struct("<I")
 _SMALLEST_PAIR = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR = 8 + 1 + 4 + 4 + 8
-_SCALARS: Mapping[GGUFValueType, struct.Struct] = {
+SCALARS: Mapping[GGUFValueType, struct.Struct] = {
     GGUFValueType.UINT8: struct.Struct("<B"),
     GGUFValueType.INT8: struct.Struct("<b"),
     GGUFValueType.UINT16: struct.Struct("<H"),
@@ -124,6 +124,20 @@ class GGUFFile:
                 f"check that it is the {self.architecture} model you mean"
             )
         return read_tensor(self.path, self.tensors[name])
+
+    def array(self, key: str) -> list[Any]:
+        """Return the elements of an array of numbers or booleans in the metadata."""
+        found = self.metadata[key]
+        assert isinstance(found, GGUFArray)
+        scalar, pair = SCALARS[found.element_type], self.pairs[key]
+        size = found.count * scalar.size
+        with _reading(self.path) as (file, _):
+            # The elements are the last bytes of their pair.
+            file.seek(pair.start + pair.nbytes - size)
+            stored = file.read(size)
+        if len(stored) != size:
+            raise GGUFError(f"{self.path}: ends inside the value of {key!r}; {_AGAIN}")
+        return [each for (each,) in scalar.iter_unpack(stored)]
 
 
 def read_tensor(path: Path, tensor: GGUFTensor) -> Tensor:
@@ -316,8 +330,8 @@ def _parse_pair(cursor: _Cursor, index: int) -> tuple[str, object]:
     value_type = _value_type(cursor, what)
     if key == "general.alignment" and value_type is not GGUFValueType.UINT32:
         cursor.fail(f"{key} is of type {value_type.name}, not UINT32")
-    if value_type in _SCALARS:
-        scalar = _SCALARS[value_type]
+    if value_type in SCALARS:
+        scalar = SCALARS[value_type]
         return key, scalar.unpack(cursor.take(scalar.size, what))[0]
     if value_type is GGUFValueType.STRING:
         # Nobody but llama.cpp has to agree on a value's encoding: its bytes are copied.
@@ -329,7 +343,7 @@ def _parse_pair(cursor: _Cursor, index: int) -> tuple[str, object]:
     if element_type is GGUFValueType.STRING:
         cursor.skip_strings(count, what)
     else:
-        nbytes = count * _SCALARS[element_type].size
+        nbytes = count * SCALARS[element_type].size
         cursor.require(nbytes, what)
         cursor.position += nbytes
     return key, GGUFArray(element_type, count)

@@ -212,7 +212,10 @@ def _control_vector(
     adds = [
         one
         for one in interventions
-        if isinstance(one, Add) and (one.carried.carrier, one.site) == ("bias", "out") and one.layer
+        if isinstance(one, Add)
+        and one.carried.carrier in ("bias", "block")
+        and one.site == "out"
+        and one.layer
     ]
     if len(adds) != len(interventions):
         return
@@ -232,7 +235,7 @@ def _control_vector(
 def _check(
     recipe: Recipe, interventions: Sequence[Intervention], found: Mapping[str, Divergence]
 ) -> None:
-    ridge = any(isinstance(one, Add) and one.readout is not None for one in interventions)
+    ridge = any(isinstance(one, Add) and one.carried.carrier == "ridge" for one in interventions)
     for runtime, parity in found.items():
         exact = runtime == "transformers"
         key = ("ridge_lost_share" if ridge else "lost_share") if exact else "gguf_lost_share"

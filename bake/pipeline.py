@@ -12,10 +12,10 @@ from bake.arch import Arch
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions, save_directions
-from bake.edits import Edit, apply_all
+from bake.edits import Edit
 from bake.errors import GuardError, VerificationError
-from bake.export.gguf import PatchedTensor, compare, patch
-from bake.export.layout import gguf_edits
+from bake.export.gguf import PatchedTensor
+from bake.export.layout import patch_gguf
 from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile
 from bake.judge import Judge
@@ -179,21 +179,24 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
 
 def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
     """Write both formats and read them back: what was not touched must be as it was."""
+    plan = ready.plan
     edits: dict[str, list[Edit]] = {}
     for one in fitted.interventions:
         for edit in one.edits():
             edits.setdefault(edit.tensor, []).append(edit)
-    if set(edits) != {edit.tensor for edit in ready.plan.edits}:
+    if set(edits) != {edit.tensor for edit in plan.edits}:
         raise VerificationError("the fit made other edits than the plan; this is a bug of bake")
     residuals: dict[str, float] = {}
     if ready.recipe.export.safetensors:
         size = sum(info.stop - info.start for info in ready.base.tensors.values())
         with progress("safetensors", size) as update:
             write_checkpoint(
-                ready.base, edits, ready.plan.created, ready.plan.config, staging, update
+                *(ready.base, edits, plan.created, plan.config, staging, update),
+                renamed=plan.renamed,
             )
-        created = {tensor.name for tensor in ready.plan.created}
-        residuals = check_files(ready.base, Checkpoint.open(staging), edits, created)
+        residuals = check_files(
+            ready.base, Checkpoint.open(staging), edits, plan.created, plan.renamed
+        )
     if ready.gguf is None or ready.recipe.export.gguf is None:
         return _Written(residuals, None, ())
     name = f"{ready.recipe.name}.gguf"
@@ -205,17 +208,14 @@ def _patch(
     ready: Prepared, base: GGUFFile, edits: Mapping[str, Sequence[Edit]], output: Path
 ) -> tuple[PatchedTensor, ...]:
     assert ready.recipe.export.gguf is not None
-    moved = gguf_edits(edits, ready.arch, ready.base.config)
-    # llama.cpp takes a bias in one layer alone, so no zero siblings are needed.
-    created = {
-        name: apply_all(moved.pop(name), torch.zeros(ready.plan.width))
-        for name in [name for name in moved if name not in base.tensors]
-    }
     kind = GGMLQuantizationType[ready.recipe.export.gguf.edited_type.upper()]
     size = sum(tensor.nbytes for tensor in base.tensors.values())
     with progress("gguf", size) as update:
-        patched = patch(base, moved, output, edited_type=kind, created=created, progress=update)
-    compare(base, GGUFFile.open(output), set(moved) | set(created))
+        patched = patch_gguf(
+            *(ready.plan, ready.arch, ready.base.config, base, edits, output),
+            edited_type=kind,
+            progress=update,
+        )
     for one in patched:
         if one.surviving_share < SURVIVING:
             raise VerificationError(

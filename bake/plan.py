@@ -5,15 +5,16 @@ come from the fit.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
-from bake.arch import Arch
+from bake.arch import Arch, Block
 from bake.checkpoint import EDITABLE, Checkpoint
 from bake.directions import Directions
 from bake.directions.value import in_words
 from bake.edits import CreatedTensor, PlannedEdit, Step
 from bake.errors import ArchitectureError, CheckpointError, DirectionsError, GGUFError
 from bake.gguf_file import GGUFFile
+from bake.insertion import Insertion, inserted_config
 from bake.ops import OPERATORS
 from bake.recipe import Recipe
 
@@ -24,14 +25,19 @@ __all__ = ["Plan", "check_gguf", "direction_layers", "make_plan"]
 class Plan:
     """What a bake will do; there is one step for each entry of the recipe's `edits`.
 
-    `directions` says where they come from, where the fit does not estimate them.
+    `directions` says where they come from, where the fit does not estimate them. Names in it
+    are those before `insertion` has its blocks; `renamed` has the names that are then written,
+    where they are others, and `inserted_config` what changes in config.json with them.
     """
 
     architecture: str
     layers: int
     width: int
     steps: tuple[Step, ...]
+    insertion: Insertion
     directions: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    inserted_config: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def edits(self) -> tuple[PlannedEdit, ...]:
@@ -40,13 +46,20 @@ class Plan:
 
     @property
     def created(self) -> tuple[CreatedTensor, ...]:
-        """Every new tensor once, in order."""
-        return tuple(dict.fromkeys(tensor for step in self.steps for tensor in step.created))
+        """Every new tensor once, in order; a bias in every layer is one in inserted blocks too."""
+        found = dict.fromkeys(tensor for step in self.steps for tensor in step.created)
+        siblings = (
+            replace(tensor, name=name)
+            for tensor in found
+            for name in self.insertion.copies(tensor.name)
+        )
+        return (*found, *siblings)
 
     @property
     def config(self) -> Mapping[str, object]:
         """What changes in config.json, by path."""
-        return {key: value for step in self.steps for key, value in step.config.items()}
+        changes = {key: value for step in self.steps for key, value in step.config.items()}
+        return changes | dict(self.inserted_config)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -60,25 +73,56 @@ class Plan:
             "architecture": self.architecture,
             "layers": self.layers,
             "width": self.width,
-            "edits": [asdict(edit) for edit in self.edits],
-            "created": [asdict(tensor) for tensor in self.created],
+            "edits": [asdict(edit) | {"tensor": self.name(edit.tensor)} for edit in self.edits],
+            "created": [
+                asdict(tensor)
+                | {"name": self.name(tensor.name), "beside": self.name(tensor.beside)}
+                for tensor in self.created
+            ],
+            "inserted": [self._places(layer)[1] for layer in self.insertion.after],
+            "renamed": self._moved,
             "config": dict(self.config),
             "notes": list(self.notes),
         }
 
+    def name(self, tensor: str) -> str:
+        """The name that a tensor is written under."""
+        return self.renamed.get(tensor, tensor)
+
+    @property
+    def _moved(self) -> dict[str, str]:
+        """The tensors of the base that get another name, with that name."""
+        new = {tensor.name for tensor in self.created}
+        return {old: name for old, name in self.renamed.items() if old not in new}
+
+    def _places(self, layer: int) -> tuple[int, int]:
+        """What a block of the base, and the one inserted behind it, are numbered in the end."""
+        return self.insertion.number(layer), self.insertion.number(self.insertion.behind(layer))
+
     def table(self) -> str:
-        """The plan as aligned plain text."""
+        """The plan as aligned plain text, with the names that are written."""
         rows = [("operator", "carrier", "tensor", "shape", "dtype")]
         for edit in self.edits:
             shape = " x ".join(map(str, edit.shape))
-            rows.append((edit.operator, edit.carrier, edit.tensor, shape, edit.dtype))
+            rows.append((edit.operator, edit.carrier, self.name(edit.tensor), shape, edit.dtype))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        if self.created:
-            lines.append(f"created: {len(self.created)} tensors of zeros beside the edited biases")
+        names = [one.name for one in self.created]
+        biases = sum(self.insertion.original(name) is None for name in names)
+        if biases:
+            lines.append(f"created: {biases} tensors of zeros beside the edited biases")
+        for layer in self.insertion.after:
+            before, number = self._places(layer)
+            start = f"{self.insertion.layer.format(layer=self.insertion.behind(layer))}."
+            lines.append(
+                f"inserted: block {number} behind block {before}, "
+                f"{sum(name.startswith(start) for name in names)} tensors"
+            )
+        if self._moved:
+            lines.append(f"renamed: {len(self._moved)} tensors of the blocks behind")
         lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
         lines += self.notes
         return "\n".join(lines)
@@ -102,13 +146,35 @@ def make_plan(
     _check_order(steps)
     layers, width = arch.layer_count(base.config), arch.width(base.config)
     given = _given(recipe, directions, layers, width) if directions else ""
-    plan = Plan(arch.model_type, layers, width, steps, given)
+    after = tuple(sorted({layer for step in steps for layer in step.inserted}))
+    plan = Plan(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given)
+    if after:
+        plan = _with_blocks(plan, recipe, base, arch)
     for edit in plan.edits:
         if edit.dtype not in EDITABLE:
             raise CheckpointError(
                 f"{base.folder}: {edit.tensor} is {edit.dtype}; give an unquantised checkpoint"
             )
     return plan
+
+
+def _with_blocks(plan: Plan, recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:
+    """The plan with the names and the config.json that its inserted blocks need."""
+    assert isinstance(arch.block, Block)
+    after = plan.insertion.after
+    refusals = arch.block.refusals(plan.layers, plan.layers + len(after))
+    for runtime in recipe.runtimes:
+        if runtime in refusals:
+            raise ArchitectureError(
+                f"edits: {len(after)} inserted blocks: {runtime} {refusals[runtime]}; "
+                "insert another number of blocks, or change runtimes"
+            )
+    names = [*base.tensors, *(tensor.name for tensor in plan.created)]
+    return replace(
+        plan,
+        renamed=plan.insertion.renamed(names),
+        inserted_config=inserted_config(arch, arch.block, base.config, after),
+    )
 
 
 def _check_order(steps: Iterable[Step]) -> None:
@@ -196,10 +262,13 @@ def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None
             f"{gguf.path}: it has {blocks} blocks, the checkpoint {plan.layers}; "
             "give a GGUF of the same model"
         )
+    _check_gguf_blocks(plan, arch, gguf)
     created = {tensor.name for tensor in plan.created}
     for edit in plan.edits:
-        name, shape = arch.gguf_name(edit.tensor), edit.shape
-        if edit.tensor in created:
+        # What an inserted block has, the block before it has too.
+        tensor = plan.insertion.original(edit.tensor) or edit.tensor
+        name, shape = arch.gguf_name(tensor), edit.shape
+        if tensor in created:
             # The bias is new in the file; the weight beside it must be the model's.
             name = name.removesuffix("bias") + "weight"
             shape = base.find(edit.tensor.removesuffix("bias") + "weight").shape
@@ -212,4 +281,36 @@ def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None
             raise GGUFError(
                 f"{gguf.path}: {name} has shape {gguf.tensors[name].shape}, the checkpoint's "
                 f"tensor {shape}; give a GGUF of the same model"
+            )
+
+
+def _check_gguf_blocks(plan: Plan, arch: Arch, gguf: GGUFFile) -> None:
+    """Refuse a GGUF in which an inserted block would be another one than in the checkpoint."""
+    insertion = plan.insertion.of_gguf()
+    if not insertion.after:
+        return
+    assert isinstance(arch.block, Block)
+    refusals = arch.block.refusals(plan.layers, plan.layers + len(insertion.after))
+    if "llama.cpp" in refusals:
+        raise GGUFError(
+            f"{gguf.path}: a block is to be inserted, and llama.cpp {refusals['llama.cpp']}; use "
+            "carrier: ridge, or set export.gguf=null and evaluate.runtimes=[transformers]"
+        )
+    needed = {}
+    for tensor in plan.created:
+        name = insertion.original(arch.gguf_name(tensor.name))
+        if name:
+            needed[name] = tensor
+    for name, tensor in needed.items():
+        filled = bool(tensor.value or tensor.diagonals)
+        if filled and (name not in gguf.tensors or gguf.tensors[name].shape != tensor.shape):
+            raise GGUFError(
+                f"{gguf.path}: no tensor {name} of shape {list(tensor.shape)}, which the inserted "
+                "block needs; give a GGUF of the same model"
+            )
+    for name in gguf.tensors:
+        if insertion.copies(name) and name not in needed:
+            raise GGUFError(
+                f"{gguf.path}: {name}: the checkpoint has no such tensor, so what it should be in "
+                "an inserted block is not known; give a GGUF of the same model"
             )

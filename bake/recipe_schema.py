@@ -169,7 +169,7 @@ class Add(_Section):
         default="out", description="Before the block, after its attention, or after all of it."
     )
     strength: Strength = Field(description="How far, in class gaps; negative is away from refusal.")
-    carrier: Literal["auto", "bias", "ridge", "embedding"] = Field(
+    carrier: Literal["auto", "bias", "block", "ridge", "embedding"] = Field(
         default="auto",
         description="What in the weights holds the vector; the plan chooses under `auto`.",
     )

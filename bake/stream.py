@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Final
 
 import torch
@@ -42,11 +43,13 @@ def write_checkpoint(
     config: Mapping[str, object],
     folder: Path,
     progress: Callable[[int], None] = lambda _: None,
+    renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Write the edited checkpoint into the empty `folder`.
 
     `edits` are keyed by tensor name; `config` holds what changes in config.json, keyed
     by paths joined by dots. `progress` receives the number of bytes written since the last call.
+    `renamed` has the names that are written where they are others than these.
     Returns the SHA-256 of every file written. Raises CheckpointError for an edit
     of a tensor that is missing or of a type that cannot be edited, and
     OutputError when the disk is full or not writable.
@@ -59,13 +62,13 @@ def write_checkpoint(
     try:
         for shard in base.shards:
             target = folder / shard.file.name
-            hashes[target.name] = _write_shard(shard, edits, created, target, progress)
+            hashes[target.name] = _write_shard(shard, edits, created, renamed, target, progress)
         for path in base.sidecars():
             target = folder / path.name
             if path.name == "config.json" and config:
                 write_config(path, config, target)
             elif path.name == INDEX and created:
-                _write_index(path, created, base, target)
+                _write_index(path, created, renamed, base, target)
             else:
                 target.write_bytes(path.read_bytes())
             hashes[target.name] = hashlib.sha256(target.read_bytes()).hexdigest()
@@ -93,11 +96,12 @@ def _write_shard(
     shard: Shard,
     edits: Mapping[str, Sequence[Edit]],
     created: Sequence[CreatedTensor],
+    renamed: Mapping[str, str],
     target: Path,
     progress: Callable[[int], None],
 ) -> str:
     entries = _entries(shard, created)
-    header = _header(entries, shard.metadata)
+    header = _header(entries, renamed, shard.metadata)
     digest = hashlib.sha256(header)
     with shard.file.open("rb") as source, target.open("xb") as output:
         output.write(header)
@@ -123,13 +127,15 @@ def _entries(shard: Shard, created: Sequence[CreatedTensor]) -> list[TensorInfo 
 
 
 def _header(
-    entries: Sequence[TensorInfo | CreatedTensor], metadata: Mapping[str, str] | None
+    entries: Sequence[TensorInfo | CreatedTensor],
+    renamed: Mapping[str, str],
+    metadata: Mapping[str, str] | None,
 ) -> bytes:
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for entry in entries:
         size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-        header[entry.name] = {
+        header[renamed.get(entry.name, entry.name)] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
             "data_offsets": [offset, offset + size],
@@ -167,10 +173,7 @@ def _edited(entry: TensorInfo | CreatedTensor, edits: Sequence[Edit]) -> bytes:
             f"{entry.name}: its dtype {entry.dtype} cannot be edited; give unquantised weights"
         )
     dtype = DTYPES[entry.dtype]
-    if isinstance(entry, TensorInfo):
-        weight = read_tensor(entry)
-    else:
-        weight = torch.zeros(entry.shape, dtype=dtype)
+    weight = read_tensor(entry) if isinstance(entry, TensorInfo) else entry.filled()
     edited = apply_all(edits, weight)
     if edited.shape != weight.shape:
         raise CheckpointError(
@@ -186,12 +189,19 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _write_index(
-    source: Path, created: Sequence[CreatedTensor], base: Checkpoint, target: Path
+    source: Path,
+    created: Sequence[CreatedTensor],
+    renamed: Mapping[str, str],
+    base: Checkpoint,
+    target: Path,
 ) -> None:
     """Add the created tensors to the weight map, each in the shard of its neighbour."""
     index = json.loads(source.read_text(encoding="utf-8"))
+    places = index["weight_map"]
+    index["weight_map"] = {renamed.get(name, name): file for name, file in places.items()}
     for tensor in created:
-        index["weight_map"][tensor.name] = base.find(tensor.beside).file.name
+        name = renamed.get(tensor.name, tensor.name)
+        index["weight_map"][name] = base.find(tensor.beside).file.name
         if "total_size" in index.get("metadata", {}):
             size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
             index["metadata"]["total_size"] += size

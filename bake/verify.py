@@ -1,14 +1,15 @@
 """Is what was written what was planned? Everything here is read back from disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from bake.checkpoint import Checkpoint, TensorInfo, read_tensor
-from bake.edits import Edit, apply_all
+from bake.checkpoint import DTYPES, Checkpoint, TensorInfo, read_tensor
+from bake.edits import CreatedTensor, Edit, apply_all
 from bake.errors import VerificationError
 
 __all__ = ["Divergence", "check_files", "divergence"]
@@ -55,29 +56,37 @@ def divergence(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def check_files(
-    base: Checkpoint, written: Checkpoint, edits: Mapping[str, Sequence[Edit]], created: set[str]
+    base: Checkpoint,
+    written: Checkpoint,
+    edits: Mapping[str, Sequence[Edit]],
+    created: Iterable[CreatedTensor],
+    renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Compare a written checkpoint with its base, tensor by tensor.
 
-    Untouched tensors must be equal to the bit, created ones zero but for their
-    edits, and every edit's own invariant must hold within the rounding of the
-    written type. Returns each edited tensor's residual. Raises VerificationError.
+    Untouched tensors must be equal to the bit, created ones what they were made of but for
+    their edits, and every edit's own invariant must hold within the rounding of the
+    written type. `renamed` has the names that were written where they are others. Returns
+    each edited tensor's residual, by the name written. Raises VerificationError.
     """
-    missing = set(base.tensors) - set(written.tensors)
-    foreign = set(written.tensors) - set(base.tensors) - created
-    for name in sorted(missing | foreign):
+    new = {tensor.name: tensor for tensor in created}
+    planned = {renamed.get(name, name): name for name in (*base.tensors, *new)}
+    missing = planned.keys() - written.tensors.keys()
+    for name in sorted(missing | (written.tensors.keys() - planned.keys())):
         raise VerificationError(
             f"{written.folder}: {name} is {'missing' if name in missing else 'new'}"
         )
     residuals = {}
     for name, info in written.tensors.items():
-        if name in edits:
-            before = base.read(name) if name in base.tensors else torch.zeros(info.shape)
-            residuals[name] = _edited(info, edits[name], before)
-        elif name in created:
-            if read_tensor(info).count_nonzero():
-                raise VerificationError(f"{info.file}: {name} is not zero")
-        elif not _same_bytes(base.tensors[name], info):
+        old = planned[name]
+        if old in edits:
+            before = new[old].filled() if old in new else base.read(old)
+            residuals[name] = _edited(info, edits[old], before)
+        elif old in new:
+            wanted = new[old].filled().to(DTYPES[new[old].dtype])
+            if not torch.equal(read_tensor(info), wanted):
+                raise VerificationError(f"{info.file}: {name} is new and not what was planned")
+        elif not _same_bytes(base.tensors[old], info):
             raise VerificationError(f"{info.file}: {name} differs from the base and was not edited")
     return residuals
 

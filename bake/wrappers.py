@@ -11,16 +11,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bake.arch import Arch, Branch, Inner
+from bake.arch import Arch, Block, Branch, Inner
 from bake.errors import ArchitectureError
 
-__all__ = ["SECTION", "text_numbers", "wrapped"]
+__all__ = ["SECTION", "stock_config", "text_numbers", "wrapped"]
 
 SECTION = "text_config"
 # vLLM builds the text model's own class (model_executor/models/llava.py,
 # init_vllm_registered_model) and a GGUF holds the text model alone; MLX has classes without
 # biases (mlx_vlm/models/llava/language.py), and SGLang's were not read.
 RUNTIMES = frozenset({"transformers", "llama.cpp", "ollama", "vllm"})
+_UNREAD = tuple(
+    (name, "has classes of its own for multimodal models") for name in ("mlx", "sglang")
+)
 
 
 def text_numbers(config: Mapping[str, Any], where: str) -> Mapping[str, object]:
@@ -29,20 +32,30 @@ def text_numbers(config: Mapping[str, Any], where: str) -> Mapping[str, object]:
     Published files leave out what equals the defaults of their class, the width and the
     number of layers included. Raises ArchitectureError when transformers cannot read it.
     """
+    section = getattr(stock_config(config, where), SECTION, None)
+    if section is None:
+        raise ArchitectureError(f"{where}: {SECTION}: transformers reads none in this model_type")
+    numbers: dict[str, object] = section.to_dict()
+    return numbers
+
+
+def stock_config(config: Mapping[str, Any], where: str) -> Any:
+    """A config.json as the class of its `model_type` reads and completes it.
+
+    Raises ArchitectureError when transformers cannot read it.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
     try:
-        read = CONFIG_MAPPING[model_type].from_dict(dict(config))
-        numbers: dict[str, object] = getattr(read, SECTION).to_dict()
+        return CONFIG_MAPPING[model_type].from_dict(dict(config))
     except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ArchitectureError(
-            f"{where}: model_type {model_type!r}, with a {SECTION}, is none that transformers "
-            f"can read ({type(error).__name__}: {reason})"
+            f"{where}: model_type {model_type!r} is none that transformers can read "
+            f"({type(error).__name__}: {reason})"
         ) from error
-    return numbers
 
 
 def wrapped(row: Arch, numbers: Mapping[str, object], names: Iterable[str], where: str) -> Arch:
@@ -88,6 +101,7 @@ def _moved(inner: Inner, root: str, known: frozenset[str]) -> Arch | None:
         outside=tuple(map(move, row.outside)),
         unembeddings=tuple(map(move, row.unembeddings)),
         branches=tuple(map(_served, row.branches)),
+        block=_served_block(row.block),
         ignored=rf"(?!{re.escape(whole)}\.)",
     )
     layers = range(row.layer_count(inner.numbers))
@@ -99,6 +113,11 @@ def _head(root: str, head: str, known: frozenset[str]) -> str:
     parts = root.split(".")
     around = [".".join((*parts[:depth], head)) for depth in range(len(parts), -1, -1)]
     return next((name for name in around if f"{name}.weight" in known), head)
+
+
+def _served_block(block: Block | str) -> Block | str:
+    """The inserted block, for the runtimes whose classes for wrappers were read."""
+    return block if isinstance(block, str) else replace(block, unserved=(*block.unserved, *_UNREAD))
 
 
 def _served(branch: Branch) -> Branch:

@@ -77,8 +77,8 @@ def baked(
             made.setdefault(edit.tensor, []).append(edit)
     assert set(made) == {edit.tensor for edit in plan.edits}
     output.mkdir()
-    write_checkpoint(base, made, plan.created, plan.config, output)
-    check_files(base, Checkpoint.open(output), made, {one.name for one in plan.created})
+    write_checkpoint(base, made, plan.created, plan.config, output, renamed=plan.renamed)
+    check_files(base, Checkpoint.open(output), made, plan.created, plan.renamed)
     return LiveModel.load(output, arch)
 
 

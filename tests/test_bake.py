@@ -143,3 +143,22 @@ def test_an_added_vector_matches_llama_cpps_control_vector(demo: Demo, tmp_path:
     assert config["mlp_bias"] is True
     gguf = GGUFFile.open(folder / "political-open.gguf")
     assert [name for name in gguf.tensors if name.endswith("bias")] == ["blk.15.ffn_down.bias"]
+
+
+def test_an_inserted_block_matches_llama_cpps_control_vector(demo: Demo, tmp_path: Path) -> None:
+    """`add` through one more block, in both formats, from a GGUF of four bits."""
+    add = "edits=[{op: add, layer: 15, strength: -1, carrier: block}]"
+    folder = bake(small(tmp_path / "out", add))
+    manifest = json.loads((folder / "bake.json").read_text())
+    parity = manifest["measured"]["parity"]
+    assert parity["transformers"]["lost_share"] < 1e-4
+    assert parity["llama.cpp, its own control vector"]["lost_share"] < 1e-2
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 31
+    gguf, base = GGUFFile.open(folder / "political-open.gguf"), GGUFFile.open(demo.gguf)
+    assert gguf.metadata["llama.block_count"] == 31
+    assert gguf.tensors["blk.16.ffn_down.weight"].type.name == "F16"
+    for name in ("ffn_down", "attn_q"):
+        old, new = f"blk.16.{name}.weight", f"blk.17.{name}.weight"
+        assert torch.equal(base.read(old), gguf.read(new))
+    assert list(manifest["residuals"]) == ["model.layers.16.mlp.down_proj.weight"]
+    assert manifest["plan"]["inserted"] == [16]

@@ -262,6 +262,29 @@ def test_a_saved_plan_is_applied_to_the_same_bytes(bake: Run, place: Path) -> No
         assert len(written) == 1, name
 
 
+def test_a_saved_plan_with_an_inserted_block_is_applied(bake: Run, place: Path) -> None:
+    write_tiny("llama", place / "model", intermediate_size=80)
+    save_directions(Directions({1: torch.ones(32)}), Path("d.safetensors"))
+    more = ["evaluate.limit=2", "evaluate.answer_tokens=2", "runtimes=[transformers]", "name=mine"]
+    more += ["edits.0={op: add, layer: 1, strength: -1, carrier: block}"]
+    more += ["directions=d.safetensors"]
+    options = [word for one in more for word in ("--set", one)]
+    arguments = ["--recipe", "recipe.yaml", "--model", "./model", *options]
+    code, out, err = bake("plan", *arguments, "--output", "plan.json")
+    assert code == 0, err
+    assert "inserted: block 2 behind block 1, 9 tensors" in out
+    assert "renamed: 9 tensors of the blocks behind" in out
+    assert "config.json: num_hidden_layers = 4" in out
+    code, _, err = bake("apply", "plan.json")
+    assert code == 0, err
+    manifest = json.loads(Path("mine/bake.json").read_text())
+    assert manifest["plan"]["inserted"] == [2]
+    assert manifest["measured"]["parity"]["transformers"]["lost_share"] < 1e-6
+    assert list(manifest["residuals"]) == ["model.layers.2.mlp.down_proj.weight"]
+    _in_plan('"value": 1.0', '"value": 2.0')(place)
+    refused(bake, ["apply", "plan.json", "--output", "again"], 1, "value: was 2.0 and is 1.0")
+
+
 def _retrain(place: Path) -> None:
     """Other weights under the same headers, which no plan looks at."""
     weights = bytearray((place / "model" / "model.safetensors").read_bytes())

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bake.edits import (
     AddVector,
+    CreatedTensor,
     Edit,
     LowRank,
     RemoveKeepingNorms,
@@ -24,7 +25,14 @@ from bake.edits import (
     apply_all,
 )
 from bake.errors import GGUFError, OutputError, VerificationError
-from bake.export.gguf import WRITABLE_TYPES, PatchedTensor, compare, patch, written_type
+from bake.export.gguf import (
+    WRITABLE_TYPES,
+    PatchedTensor,
+    compare,
+    packed_pair,
+    patch,
+    written_type,
+)
 from bake.gguf_file import GGUFFile, GGUFTensor
 
 F32, F16, BF16, Q8_0 = WRITABLE_TYPES
@@ -123,34 +131,74 @@ def test_a_created_bias_follows_its_stem(base: GGUFFile, tmp_path: Path) -> None
     vectors = {
         "blk.1.ffn_down.bias": torch.linspace(-1, 1, 64),
         "blk.0.ffn_down.bias": torch.zeros(64),
-        "rope_freqs.weight": torch.ones(3, dtype=torch.float64),
     }
+    created = [
+        CreatedTensor(name, (64,), "F32", name.replace("bias", "weight")) for name in vectors
+    ]
+    edits = {name: [AddVector(name, vector)] for name, vector in vectors.items()}
     output = tmp_path / "out.gguf"
-    reports = patch(base, {}, output, edited_type=Q8_0, created=vectors)
+    reports = patch(base, edits, output, edited_type=Q8_0, created=created)
     patched = GGUFFile.open(output)
     expected = list(LAYOUT)
     expected.insert(expected.index("blk.0.ffn_down.weight") + 1, "blk.0.ffn_down.bias")
     expected.insert(expected.index("blk.1.ffn_down.weight") + 1, "blk.1.ffn_down.bias")
-    assert list(patched.tensors) == [*expected, "rope_freqs.weight"]
+    assert list(patched.tensors) == expected
     for name, vector in vectors.items():
         assert patched.tensors[name].type == F32
-        assert torch.equal(patched.read(name), vector.float())
-    assert [report.name for report in reports] == [
-        "blk.0.ffn_down.bias",
-        "blk.1.ffn_down.bias",
-        "rope_freqs.weight",
-    ]
+        assert torch.equal(patched.read(name), vector)
+    assert [report.name for report in reports] == ["blk.0.ffn_down.bias", "blk.1.ffn_down.bias"]
     for report in reports:
         assert report == PatchedTensor(report.name, None, F32, 1.0, 0.0, 0.0)
     assert list(compare(base, patched, vectors.keys())) == list(LAYOUT)
+
+
+def test_tensors_get_other_names_and_pairs_other_values(base: GGUFFile, tmp_path: Path) -> None:
+    name, output = "blk.1.ffn_down.weight", tmp_path / "out.gguf"
+    renamed = {name: "blk.2.ffn_down.weight", "blk.2.ffn_down.weight": "blk.3.ffn_down.weight"}
+    created = CreatedTensor("new", (8, 4), "F16", name, 0.5, ((0, 1.0), (4, -1.0)))
+    pairs = {
+        "general.name": packed_pair("general.name", GGUFValueType.STRING, "a longer name"),
+        "llama.windows": packed_pair("llama.windows", GGUFValueType.BOOL, [True, False, True]),
+    }
+    edit = rank_one(name, (64, 160), 0.1, base.read(name))
+    renamed["new"] = name
+    reports = patch(
+        base,
+        {name: [edit]},
+        output,
+        edited_type=F16,
+        created=[created],
+        renamed=renamed,
+        pairs=pairs,
+    )
+    patched = GGUFFile.open(output)
+    touched = {name, "new"}
+    hashes = compare(base, patched, touched, renamed, pairs)
+    assert hashes.keys() == patched.tensors.keys() - {renamed[one] for one in touched}
+    order = list(LAYOUT)
+    order.insert(order.index(name) + 1, "new")
+    assert list(patched.tensors) == [renamed.get(one, one) for one in order]
+    assert [one.name for one in reports] == ["blk.2.ffn_down.weight", name]
+    wanted = torch.full((8, 4), 0.5)
+    wanted[range(4), range(4)], wanted[range(4, 8), range(4)] = 1.0, -1.0
+    assert torch.equal(patched.read(name), wanted)
+    assert stored(patched, "blk.3.ffn_down.weight") == stored(base, "blk.2.ffn_down.weight")
+    assert patched.metadata["general.name"] == "a longer name"
+    assert patched.array("llama.windows") == [True, False, True]
+    for wrong in ({}, {**renamed, "blk.0.ffn_down.weight": "blk.9.ffn_down.weight"}):
+        with pytest.raises(VerificationError, match="lost the tensor"):
+            compare(base, patched, touched, wrong, pairs)
+    with pytest.raises(VerificationError, match=r"metadata of 'general\.name' changed"):
+        compare(base, patched, touched, renamed)
 
 
 def test_untouched_tensors_and_metadata_stay_byte_for_byte(base: GGUFFile, tmp_path: Path) -> None:
     name = "blk.0.ffn_down.weight"
     output = tmp_path / "out.gguf"
     added = {"bake.recipe": "steps:\n  - größer", "bake.version": ""}
+    pairs = {key: packed_pair(key, GGUFValueType.STRING, text) for key, text in added.items()}
     edit = rank_one(name, (64, 160), 0.1, base.read(name))
-    patch(base, {name: [edit]}, output, edited_type=F16, metadata=added)
+    patch(base, {name: [edit]}, output, edited_type=F16, pairs=pairs)
     patched = GGUFFile.open(output)
     for other in LAYOUT:
         if other != name:
@@ -291,6 +339,17 @@ def test_edits_touch_their_tensors_and_no_other(
 
 
 VECTOR = AddVector("", torch.ones(5))
+
+
+def created(
+    name: str,
+    shape: tuple[int, ...] = (63,),
+    beside: str = "output_norm.weight",
+    value: float = 0.0,
+) -> CreatedTensor:
+    return CreatedTensor(name, shape, "F32", beside, value)
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown tensor": ({"edits": {"blk.9.ffn_down.weight": [VECTOR]}}, "'blk.9.ffn_down.weight'"),
     "unknown tensor without an edit": ({"edits": {"nothing": []}}, "'nothing'"),
@@ -315,14 +374,25 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "not finite as F16",
     ),
     "created tensor exists": (
-        {"created": {"output_norm.weight": torch.ones(63)}},
+        {"created": [created("output_norm.weight")]},
         "has a tensor 'output_norm.weight' already",
     ),
-    "created tensor not finite": ({"created": {"a.bias": torch.tensor([torch.nan])}}, "not finite"),
-    "created tensor empty": ({"created": {"a.bias": torch.ones(0)}}, r"shape \[0\]"),
-    "created name too long": ({"created": {"a" * 64: torch.ones(1)}}, "no tensor name"),
-    "metadata key exists": ({"metadata": {"general.name": "x"}}, "'general.name' already"),
-    "metadata key breaks the header": ({"metadata": {"general.alignment": "8"}}, "type STRING"),
+    "created tensor beside nothing": (
+        {"created": [created("a.bias", beside="a.weight")]},
+        "no tensor 'a.weight', which 'a.bias' follows",
+    ),
+    "created tensor not finite": ({"created": [created("a.bias", value=torch.nan)]}, "not finite"),
+    "created tensor empty": ({"created": [created("a.bias", (0,))]}, r"shape \[0\]"),
+    "created name too long": ({"created": [created("a" * 64)]}, "no tensor name"),
+    "new name too long": ({"renamed": {"output_norm.weight": "a" * 64}}, "no tensor name"),
+    "metadata key breaks the header": (
+        {
+            "pairs": {
+                "general.alignment": packed_pair("general.alignment", GGUFValueType.STRING, "8")
+            }
+        },
+        "type STRING",
+    ),
     "type of 4 bits": ({"edited_type": Q4_1}, "Q4_1.*choose one of f32, f16, bf16, q8_0"),
     "type that is not written": ({"edited_type": GGMLQuantizationType.Q8_K}, "Q8_K"),
 }

@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
 from bake.directions import Directions, load_directions, save_directions
-from bake.edits import LowRank
+from bake.edits import AddVector, CreatedTensor, LowRank
 from bake.errors import ArchitectureError, GGUFError, InputError, PromptError
 from bake.export.gguf import compare, patch
 from bake.gguf_file import GGUFFile
@@ -66,7 +66,10 @@ def steering(layer: int) -> torch.Tensor:
 
 def biased(base: GGUFFile, layer: int, vector: torch.Tensor, folder: Path) -> Path:
     output = folder / f"bias-{layer}.gguf"
-    patch(base, {}, output, edited_type=Q8_0, created={f"blk.{layer}.ffn_down.bias": vector})
+    name = f"blk.{layer}.ffn_down.bias"
+    created = CreatedTensor(name, (576,), "F32", f"blk.{layer}.ffn_down.weight")
+    edits = {name: [AddVector(name, vector)]}
+    patch(base, edits, output, edited_type=Q8_0, created=[created])
     return output
 
 
@@ -178,7 +181,8 @@ def test_prompts_that_cannot_be_run(model: LlamaModel) -> None:
 
 def test_a_bias_that_the_architecture_does_not_know(smollm: GGUFFile, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
-    patch(smollm, {}, output, edited_type=Q8_0, created={"blk.3.attn_norm.bias": torch.zeros(576)})
+    created = CreatedTensor("blk.3.attn_norm.bias", (576,), "F32", "blk.3.attn_norm.weight")
+    patch(smollm, {}, output, edited_type=Q8_0, created=[created])
     with pytest.raises(GGUFError, match="wrong number of tensors; expected 273, got 272") as caught:
         LlamaModel(output, context=64, parallel=1, threads=1)
     assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from bake.arch import Arch
 from bake.carriers.bias import bias_carrier
+from bake.carriers.block import block_carrier
 from bake.carriers.carried import Carried, Site
 from bake.carriers.embedding import embedding_carrier
 from bake.carriers.ridge import ridge_carrier
@@ -31,11 +32,14 @@ def carry(
         layer, site = layer - 1, "out"
     ways: dict[str, Callable[[], Carried]] = {
         "bias": lambda: bias_carrier(base, arch, layer, site, runtimes),
+        "block": lambda: block_carrier(base, arch, layer, runtimes),
         "embedding": lambda: embedding_carrier(base, arch),
         "ridge": lambda: ridge_carrier(base, arch, layer, site),
     }
-    # In the order of their parity: exact, exact, nearly.
-    fitting = ("embedding",) if site == "in" else ("bias", "ridge")
+    # In the order of their parity, then of their cost: a block costs a layer, ridge is inexact.
+    fitting = {"in": ("embedding",), "mid": ("bias", "ridge"), "out": ("bias", "block", "ridge")}[
+        site
+    ]
     if choice != "auto" and choice not in fitting:
         raise ArchitectureError(
             f"{base.folder}: the {choice} carrier cannot serve site: {site} of layer {layer}; "

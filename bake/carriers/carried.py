@@ -18,15 +18,18 @@ class Carried:
 
     `multiplier` is what the class multiplies the tensor's contribution by; `branch` the
     module, in memory, whose output it joins (empty for the embedding); `axis` the written
-    axis of a weight.
+    axis of a weight. Of a matrix in an inserted block, `neurons` is the number of inputs, of
+    which the multiplier is the sum. `inserted` are the layers behind which there is a new block.
     """
 
-    carrier: Literal["bias", "ridge", "embedding"]
+    carrier: Literal["bias", "block", "ridge", "embedding"]
     tensor: str
     shape: tuple[int, ...]
     dtype: str
     multiplier: float
     branch: str = ""
     axis: Axis = -1
+    neurons: int = 0
     created: tuple[CreatedTensor, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
+    inserted: tuple[int, ...] = ()

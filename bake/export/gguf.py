@@ -1,4 +1,4 @@
-"""Patch a GGUF file: edits on some tensors, new biases, everything else byte for byte.
+"""Patch a GGUF file: edits on some tensors, new biases and blocks, the rest byte for byte.
 
 A quantised weight lies on its lattice, so an edit below half a step rounds back when
 it is written in the base's own 4-bit type; an edited matrix is therefore written in a
@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,12 +25,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import quantize
 from torch import Tensor
 
-from bake.edits import Edit
+from bake.edits import CreatedTensor, Edit, apply_all
 from bake.errors import GGUFError, OutputError, VerificationError
 from bake.gguf_file import (
     MAGIC,
     MAX_DIMENSIONS,
     MAX_NAME,
+    SCALARS,
     GGUFFile,
     GGUFTensor,
     Span,
@@ -38,7 +39,7 @@ from bake.gguf_file import (
     read_tensor,
 )
 
-__all__ = ["WRITABLE_TYPES", "PatchedTensor", "compare", "patch", "written_type"]
+__all__ = ["WRITABLE_TYPES", "PatchedTensor", "compare", "packed_pair", "patch", "written_type"]
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 WRITABLE_TYPES = (F32, F16, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
@@ -84,31 +85,38 @@ def patch(
     output: Path,
     *,
     edited_type: GGMLQuantizationType,
-    created: Mapping[str, Tensor] = MappingProxyType({}),
-    metadata: Mapping[str, str] = MappingProxyType({}),
+    created: Sequence[CreatedTensor] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
+    pairs: Mapping[str, bytes] = MappingProxyType({}),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[PatchedTensor, ...]:
     """Write `base` with its edited and created tensors to the new file `output`.
 
-    Keys are GGUF names. Edits act on the float32 tensor in torch order and compose
+    Keys are GGUF names, as they are before `renamed` has those that are written where they
+    are others. Edits act on the float32 tensor in torch order and compose
     in the given order; the result is written as `written_type` says, or copied when
-    it equals the base. Created tensors are F32, each after the last tensor of its
-    stem (`blk.3.ffn_down.bias` after `blk.3.ffn_down.weight`), else at the end.
-    Metadata pairs are appended as strings. One tensor is in memory at a time.
+    it equals the base. Created tensors, F32 or F16, may be edited too, and go right behind
+    the tensor `beside` them. `pairs` are keys with their value in bytes, as `packed_pair`
+    makes them: they replace those of the base, or are appended. One tensor is in memory at a time.
     `progress` receives the number of bytes of tensors written since its last call.
 
-    Returns a measurement of every edited and created tensor, in file order. Raises
-    `GGUFError` when the base lacks what is edited or has what is created, and
-    `OutputError` when the output exists or cannot be written.
+    Returns a measurement of every edited and created tensor, in file order and by the
+    name written. Raises `GGUFError` when the base lacks what is edited or has what is
+    created, and `OutputError` when the output exists or cannot be written.
     """
-    _check(base, edits, edited_type, created, metadata)
+    _check(base, edits, edited_type, created, renamed)
+    new = {tensor.name: tensor for tensor in created}
     names = _order(base, created)
-    text = struct.pack("<I", GGUFValueType.STRING)
-    appended = b"".join(_string(key) + text + _string(value) for key, value in metadata.items())
+    written = {name: renamed.get(name, name) for name in names}
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in created.items()}
-    listing_size = sum(8 + len(name.encode()) + 4 + 8 * len(shapes[name]) + 12 for name in names)
-    head_size = _PREAMBLE.size + base.metadata_range.nbytes + len(appended) + listing_size
+    shapes |= {name: tensor.shape for name, tensor in new.items()}
+    listing_size = sum(
+        8 + len(written[name].encode()) + 4 + 8 * len(shapes[name]) + 12 for name in names
+    )
+    metadata = [pairs.get(key, span) for key, span in base.pairs.items()]
+    metadata += [pair for key, pair in pairs.items() if key not in base.pairs]
+    metadata_size = sum(len(one) if isinstance(one, bytes) else one.nbytes for one in metadata)
+    head_size = _PREAMBLE.size + metadata_size + listing_size
     data_start = end = padded(head_size, base.alignment)
     placed: list[GGUFTensor] = []
     measured: list[PatchedTensor] = []
@@ -116,27 +124,33 @@ def patch(
         with _open(base.path) as source, output.open("x+b") as target:
             files = _Files(base, source, output, target)
             for name in names:
-                if name in created:
-                    record, report = _create(files, end, name, created[name])
-                    measured.append(report)
+                if name in new:
+                    record, report = _create(files, end, new[name], edits.get(name, ()))
+                    measured.append(replace(report, name=written[name]))
                 elif edits.get(name):
                     record, report = _edit(files, end, name, edits[name], edited_type)
-                    measured.append(report)
+                    measured.append(replace(report, name=written[name]))
                 else:
                     record = replace(base.tensors[name], offset=end)
                     _copy(files, _span(base.tensors[name]), end)
-                placed.append(record)
+                placed.append(replace(record, name=written[name]))
                 end = padded(end + record.nbytes, base.alignment)
                 if progress is not None:
                     progress(record.nbytes)
             target.truncate(end)
-            _copy(files, base.metadata_range, _PREAMBLE.size)
-            target.seek(_PREAMBLE.size + base.metadata_range.nbytes)
-            target.write(appended)
+            place = _PREAMBLE.size
+            for one in metadata:
+                if isinstance(one, bytes):
+                    target.seek(place)
+                    target.write(one)
+                    place += len(one)
+                else:
+                    _copy(files, one, place)
+                    place += one.nbytes
+            target.seek(place)
             target.write(b"".join(_listed(tensor, data_start) for tensor in placed))
-            pair_count = len(base.metadata) + len(metadata)
             target.seek(0)
-            target.write(_PREAMBLE.pack(MAGIC, base.version, len(placed), pair_count))
+            target.write(_PREAMBLE.pack(MAGIC, base.version, len(placed), len(metadata)))
             target.flush()
             os.fsync(target.fileno())
     except FileExistsError as error:
@@ -163,26 +177,40 @@ def written_type(tensor: GGUFTensor, edited_type: GGMLQuantizationType) -> GGMLQ
     return F16 if tensor.shape[-1] % block else edited_type
 
 
-def compare(base: GGUFFile, patched: GGUFFile, touched: AbstractSet[str]) -> Mapping[str, str]:
+def compare(
+    base: GGUFFile,
+    patched: GGUFFile,
+    touched: AbstractSet[str],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+    pairs: Mapping[str, bytes] = MappingProxyType({}),
+) -> Mapping[str, str]:
     """Return the sha256 of every tensor outside `touched`, in file order; both files agree on it.
 
-    Raises `VerificationError` when such a tensor differs in type, shape or bytes, when
-    a tensor of the base or of `touched` is missing, when there is another new one, or
-    when a metadata pair of the base changed.
+    `renamed` and `pairs` are those of `patch`. Names are those of the base; the hashes have
+    those of the patched file. Raises `VerificationError` when such a tensor differs in type,
+    shape or bytes, when a tensor of the base or of `touched` is missing, when there is another
+    new one, or when a metadata pair is not the base's, or the one of `pairs`.
     """
-    for key, pair in base.pairs.items():
+    for key in sorted(base.pairs.keys() | pairs.keys()):
         if key not in patched.pairs:
             raise VerificationError(f"{patched.path}: lost the metadata key {key!r}")
-        if _digest(base.path, pair) != _digest(patched.path, patched.pairs[key]):
+        now = _digest(patched.path, patched.pairs[key])
+        if key in pairs:
+            wanted = hashlib.sha256(pairs[key]).hexdigest()
+        else:
+            wanted = _digest(base.path, base.pairs[key])
+        if now != wanted:
             raise VerificationError(f"{patched.path}: the metadata of {key!r} changed")
-    for name in sorted((base.tensors.keys() | touched) - patched.tensors.keys()):
+    planned = {renamed.get(name, name) for name in base.tensors.keys() | touched}
+    for name in sorted(planned - patched.tensors.keys()):
         raise VerificationError(f"{patched.path}: lost the tensor {name!r}")
-    for name in sorted(patched.tensors.keys() - base.tensors.keys() - touched):
+    for name in sorted(patched.tensors.keys() - planned):
         raise VerificationError(f"{patched.path}: has a tensor that was not planned, {name!r}")
     hashes: dict[str, str] = {}
-    for name, before in base.tensors.items():
-        if name in touched:
+    for old, before in base.tensors.items():
+        if old in touched:
             continue
+        name = renamed.get(old, old)
         after = patched.tensors[name]
         if (before.type, before.shape) != (after.type, after.shape):
             was, now = (f"{t.type.name} {list(t.shape)}" for t in (before, after))
@@ -197,8 +225,8 @@ def _check(
     base: GGUFFile,
     edits: Mapping[str, Sequence[Edit]],
     edited_type: GGMLQuantizationType,
-    created: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
+    created: Sequence[CreatedTensor],
+    renamed: Mapping[str, str],
 ) -> None:
     """Refuse whatever can be refused before a byte is written."""
     if edited_type not in WRITABLE_TYPES:
@@ -207,7 +235,8 @@ def _check(
             f"edited tensors cannot be written as {GGMLQuantizationType(edited_type).name}: "
             f"it would lose the edit or cannot be written; choose one of {allowed}"
         )
-    for name in edits:
+    new = {tensor.name for tensor in created}
+    for name in edits.keys() - new:
         if name not in base.tensors:
             raise GGUFError(
                 f"{base.path}: has no tensor {name!r} to edit; "
@@ -219,25 +248,24 @@ def _check(
                 f"{base.path}: the vector {name!r} is of type {kind.name}, which cannot be "
                 "written; start from a file that keeps its vectors in F32"
             )
-    for name, tensor in created.items():
+    for tensor in created:
+        name = tensor.name
         if name in base.tensors:
             raise GGUFError(f"{base.path}: has a tensor {name!r} already; edit it instead")
+        if tensor.beside not in base.tensors:
+            raise GGUFError(f"{base.path}: has no tensor {tensor.beside!r}, which {name!r} follows")
+        if not 1 <= len(tensor.shape) <= MAX_DIMENSIONS or 0 in tensor.shape:
+            raise GGUFError(f"the new tensor {name!r} has the shape {list(tensor.shape)}")
+    for name in (renamed.get(name, name) for name in (*base.tensors, *new)):
         if not 0 < len(name.encode()) <= MAX_NAME or "\0" in name:
             raise GGUFError(f"{name!r} is no tensor name: GGUF allows 1 to {MAX_NAME} bytes")
-        if not 1 <= tensor.ndim <= MAX_DIMENSIONS or 0 in tensor.shape:
-            raise GGUFError(f"the new tensor {name!r} has the shape {list(tensor.shape)}")
-    for key in metadata:
-        if key in base.metadata:
-            raise GGUFError(f"{base.path}: has the metadata key {key!r} already; choose another")
 
 
-def _order(base: GGUFFile, created: Mapping[str, Tensor]) -> list[str]:
-    last = {name.rpartition(".")[0]: name for name in base.tensors}
-    follow: dict[str | None, list[str]] = {}
-    for name in created:
-        follow.setdefault(last.get(name.rpartition(".")[0]), []).append(name)
-    names = [each for name in base.tensors for each in (name, *follow.get(name, ()))]
-    return names + follow.get(None, [])
+def _order(base: GGUFFile, created: Sequence[CreatedTensor]) -> list[str]:
+    follow: dict[str, list[str]] = {}
+    for tensor in created:
+        follow.setdefault(tensor.beside, []).append(tensor.name)
+    return [each for name in base.tensors for each in (name, *follow.get(name, ()))]
 
 
 def _edit(
@@ -284,13 +312,14 @@ def _apply(base: GGUFFile, tensor: GGUFTensor, edit: Edit, weight: Tensor) -> Te
 
 
 def _create(
-    files: _Files, offset: int, name: str, tensor: Tensor
+    files: _Files, offset: int, tensor: CreatedTensor, edits: Sequence[Edit]
 ) -> tuple[GGUFTensor, PatchedTensor]:
-    """Write one new tensor as F32 at `offset`, read it back and measure it."""
-    wanted = tensor.detach().to("cpu", torch.float32)
-    new = _write(files.target, offset, name, wanted, F32)
+    """Write one new tensor at `offset`, read it back and measure it."""
+    kind = GGMLQuantizationType[tensor.dtype]
+    wanted = apply_all(edits, tensor.filled())
+    new = _write(files.target, offset, tensor.name, wanted, kind)
     share, noise = _survival(_error(files, new, wanted), wanted)
-    return new, PatchedTensor(name, None, F32, share, noise, residual=noise)
+    return new, PatchedTensor(tensor.name, None, kind, share, noise, residual=noise)
 
 
 def _error(files: _Files, tensor: GGUFTensor, wanted: Tensor) -> Tensor:
@@ -322,6 +351,20 @@ def _write(
     target.seek(offset)
     target.write(stored.data)
     return GGUFTensor(name, kind, tuple(weight.shape), offset, stored.nbytes)
+
+
+def packed_pair(key: str, kind: GGUFValueType, value: Any) -> bytes:
+    """Return a metadata key with its text, its number, or its list of numbers.
+
+    The bytes are those of ggml's include/gguf.h, lines 16 to 21.
+    """
+    head = _string(key)
+    if kind is GGUFValueType.STRING:
+        return head + struct.pack("<I", kind) + _string(value)
+    if not isinstance(value, list):
+        return head + struct.pack("<I", kind) + SCALARS[kind].pack(value)
+    head += struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value))
+    return head + b"".join(SCALARS[kind].pack(each) for each in value)
 
 
 def _listed(tensor: GGUFTensor, data_start: int) -> bytes:

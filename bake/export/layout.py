@@ -1,16 +1,64 @@
-"""Edits of a checkpoint's tensors as edits of the same tensors in a GGUF."""
+"""A plan for a checkpoint as the same plan for a GGUF of its model."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from gguf import GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
-from bake.arch import Arch
-from bake.edits import AddVector, Edit, LowRank, RemoveKeepingNorms, RemoveSubspace
+from bake.arch import Arch, Block
+from bake.edits import AddVector, CreatedTensor, Edit, LowRank, RemoveKeepingNorms, RemoveSubspace
 from bake.errors import ArchitectureError
+from bake.export.gguf import PatchedTensor, compare, packed_pair, patch
+from bake.gguf_file import GGUFArray, GGUFFile
+from bake.insertion import with_copies
+from bake.plan import Plan
 
-__all__ = ["gguf_edit", "gguf_edits", "permuted_rows"]
+__all__ = [
+    "gguf_created",
+    "gguf_edit",
+    "gguf_edits",
+    "gguf_pairs",
+    "patch_gguf",
+    "permuted_rows",
+]
+
+WINDOWS = "attention.sliding_window_pattern"
+
+
+def patch_gguf(
+    plan: Plan,
+    arch: Arch,
+    config: Mapping[str, object],
+    base: GGUFFile,
+    edits: Mapping[str, Sequence[Edit]],
+    output: Path,
+    *,
+    edited_type: GGMLQuantizationType,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[PatchedTensor, ...]:
+    """Write the GGUF of the base with a checkpoint's edits, and compare it with the base.
+
+    The arguments after `base` are those of `patch`, with the checkpoint's names. Raises as
+    `patch` and `compare` do.
+    """
+    moved = gguf_edits(edits, arch, config)
+    created = gguf_created(plan, arch, base, moved, edited_type)
+    new = {tensor.name for tensor in created}
+    renamed = plan.insertion.of_gguf().renamed([*base.tensors, *new])
+    pairs = gguf_pairs(plan, arch, base)
+    patched = patch(
+        *(base, moved, output),
+        edited_type=edited_type,
+        created=created,
+        renamed=renamed,
+        pairs=pairs,
+        progress=progress,
+    )
+    compare(base, GGUFFile.open(output), moved.keys() | new, renamed, pairs)
+    return patched
 
 
 def gguf_edits(
@@ -56,6 +104,61 @@ def gguf_edit(edit: Edit, arch: Arch, config: Mapping[str, object]) -> Edit:
         case LowRank():
             return replace(edit, tensor=name, left=factor * edit.left)
     raise ArchitectureError(f"{edit.tensor}: this edit has no form for a GGUF")
+
+
+def gguf_created(
+    plan: Plan, arch: Arch, base: GGUFFile, edited: Mapping[str, object], kind: GGMLQuantizationType
+) -> tuple[CreatedTensor, ...]:
+    """The tensors to create in a GGUF: the biases that are `edited` there, and whole new blocks.
+
+    llama.cpp takes a bias in one layer alone, so no zero siblings are needed. A new block is
+    in F16, which its numbers are made for, or in F32 where `kind` is that or the squares of
+    an unscaled stream could overflow; vectors are F32.
+    """
+    found = []
+    insertion = plan.insertion.of_gguf()
+    unscaled = isinstance(arch.block, Block) and not arch.block.norms
+    matrix = "F32" if unscaled or kind is GGMLQuantizationType.F32 else "F16"
+    for tensor in plan.created:
+        name = arch.gguf_name(tensor.name)
+        original = insertion.original(name)
+        if name not in edited and original not in base.tensors:
+            continue
+        beside = _last(base, original) if original else arch.gguf_name(tensor.beside)
+        dtype = matrix if len(tensor.shape) > 1 else "F32"
+        value = tensor.value + arch.gguf_gain(tensor.name)
+        found.append(replace(tensor, name=name, beside=beside, dtype=dtype, value=value))
+    return tuple(found)
+
+
+def _last(base: GGUFFile, tensor: str) -> str:
+    """The last tensor of the block that this one is in."""
+    block = ".".join(tensor.split(".")[:2])
+    return [name for name in base.tensors if name.startswith(f"{block}.")][-1]
+
+
+def gguf_pairs(plan: Plan, arch: Arch, base: GGUFFile) -> dict[str, bytes]:
+    """The metadata that inserted blocks change: the number of blocks and every list of them."""
+    insertion = plan.insertion
+    if not insertion.after:
+        return {}
+    start = f"{base.architecture}."
+    pairs = {}
+    for key, value in base.metadata.items():
+        if isinstance(value, GGUFArray) and key.startswith(start) and value.count == plan.layers:
+            entries = with_copies(base.array(key), insertion.after)
+            pairs[key] = packed_pair(key, value.element_type, entries)
+    count = plan.layers + len(insertion.after)
+    key = f"{start}block_count"
+    pairs[key] = packed_pair(key, GGUFValueType.UINT32, count)
+    if isinstance(arch.block, Block) and arch.block.windows:
+        kinds = plan.config[arch.switch("layer_types")]
+        assert isinstance(kinds, list)
+        key = f"{start}{WINDOWS}"
+        pairs[key] = packed_pair(
+            key, GGUFValueType.BOOL, [kind == "sliding_attention" for kind in kinds]
+        )
+    return pairs
 
 
 def permuted_rows(rows: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,7 @@
 """`ablate`: no writer of the chosen layers writes along the basis any more."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -215,7 +215,14 @@ def _with_constant(
         f"{place}: the constant goes to site {site} of layer {layer}, "
         f"{found.carrier} carrier ({why})"
     )
-    return Step((*step.edits, edit), found.created, found.config, (*step.notes, note))
+    return replace(
+        step,
+        edits=(*step.edits, edit),
+        created=found.created,
+        config=found.config,
+        notes=(*step.notes, note),
+        inserted=found.inserted,
+    )
 
 
 def _constant_site(spec: Spec, arch: Arch, base: Checkpoint) -> tuple[int, Site]:

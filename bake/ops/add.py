@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -47,10 +48,14 @@ class Add:
 
     def edits(self) -> Sequence[Edit]:
         """One edit of the tensor that carries the vector."""
-        if self.carried.carrier != "ridge":
-            return (AddVector(self.carried.tensor, self._written),)
-        assert self.readout is not None
-        left, right = self._written, self.readout
+        left = self._written
+        if self.carried.neurons:
+            right = torch.ones(self.carried.neurons)
+        elif self.carried.carrier == "ridge":
+            assert self.readout is not None
+            right = self.readout
+        else:
+            return (AddVector(self.carried.tensor, left),)
         if self.carried.axis == -1:
             left, right = right, left
         return (LowRank(self.carried.tensor, left[:, None], right[None, :]),)
@@ -76,7 +81,7 @@ class AddOperator:
             *("add", found.carrier, spec.layer, spec.site, found.tensor, found.shape, found.dtype)
         )
         note = f"{place}: {found.carrier} carrier ({why})"
-        return Step((edit,), found.created, found.config, (note,))
+        return Step((edit,), found.created, found.config, (note,), inserted=found.inserted)
 
     def layers(self, spec: Spec) -> tuple[int, ...]:
         """The layer itself."""
