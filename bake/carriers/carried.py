@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bake.arch import Axis
+from bake.arch import Axis, PostNorm
 from bake.edits import CreatedTensor
 
 __all__ = ["Carried", "Site"]
@@ -18,7 +18,8 @@ class Carried:
 
     `multiplier` is what the class multiplies the tensor's contribution by; `branch` the
     module, in memory, whose output it joins (empty for the embedding); `axis` the written
-    axis of a weight.
+    axis of a weight; `norm` what stands between the writer and the stream, if anything does:
+    the vector then joins the stream nearly, and only behind that norm.
     """
 
     carrier: Literal["bias", "ridge", "embedding"]
@@ -28,5 +29,6 @@ class Carried:
     multiplier: float
     branch: str = ""
     axis: Axis = -1
+    norm: PostNorm | None = None
     created: tuple[CreatedTensor, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
