@@ -5,7 +5,7 @@ come from the fit.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from bake.arch import Arch
 from bake.checkpoint import EDITABLE, Checkpoint
@@ -15,6 +15,7 @@ from bake.edits import CreatedTensor, PlannedEdit, Step
 from bake.errors import ArchitectureError, CheckpointError, DirectionsError, GGUFError
 from bake.gguf_file import GGUFFile
 from bake.ops import OPERATORS
+from bake.quantised import left_unquantised
 from bake.recipe import Recipe
 
 __all__ = ["Plan", "check_gguf", "direction_layers", "make_plan"]
@@ -24,7 +25,8 @@ __all__ = ["Plan", "check_gguf", "direction_layers", "make_plan"]
 class Plan:
     """What a bake will do; there is one step for each entry of the recipe's `edits`.
 
-    `directions` says where they come from, where the fit does not estimate them.
+    `directions` says where they come from, where the fit does not estimate them;
+    `unquantised` is what changes in config.json where edits take tensors out of FP8.
     """
 
     architecture: str
@@ -32,6 +34,7 @@ class Plan:
     width: int
     steps: tuple[Step, ...]
     directions: str = ""
+    unquantised: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def edits(self) -> tuple[PlannedEdit, ...]:
@@ -46,12 +49,15 @@ class Plan:
     @property
     def config(self) -> Mapping[str, object]:
         """What changes in config.json, by path."""
-        return {key: value for step in self.steps for key, value in step.config.items()}
+        found = {key: value for step in self.steps for key, value in step.config.items()}
+        return found | dict(self.unquantised)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the plan chose, and why."""
         given = (self.directions,) if self.directions else ()
+        if self.unquantised:
+            given += ("the edited tensors leave FP8 and are written in BF16; the rest stays",)
         return given + tuple(note for step in self.steps for note in step.notes)
 
     def as_json(self) -> dict[str, object]:
@@ -79,9 +85,13 @@ class Plan:
         ]
         if self.created:
             lines.append(f"created: {len(self.created)} tensors of zeros beside the edited biases")
-        lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
+        lines += [f"config.json: {key} = {_brief(value)}" for key, value in self.config.items()]
         lines += self.notes
         return "\n".join(lines)
+
+
+def _brief(value: object) -> str:
+    return f"{len(value)} names" if isinstance(value, list) else str(value)
 
 
 def make_plan(
@@ -99,10 +109,15 @@ def make_plan(
         OPERATORS[spec.op].plan(spec, base, arch, f"edits.{number}", recipe.runtimes)
         for number, spec in enumerate(recipe.edits)
     )
-    _check_order(steps)
+    _check_order(steps, base, arch)
     layers, width = arch.layer_count(base.config), arch.width(base.config)
     given = _given(recipe, directions, layers, width) if directions else ""
-    plan = Plan(arch.model_type, layers, width, steps, given)
+    scaled = dict.fromkeys(
+        edit.tensor for step in steps for edit in step.edits if edit.tensor in base.beside
+    )
+    plain = [name for name, one in base.tensors.items() if not one.scale and len(one.shape) == 2]
+    unquantised = left_unquantised(base.config, scaled, plain) if scaled else {}
+    plan = Plan(arch.model_type, layers, width, steps, given, unquantised)
     for edit in plan.edits:
         if edit.dtype not in EDITABLE:
             raise CheckpointError(
@@ -111,15 +126,21 @@ def make_plan(
     return plan
 
 
-def _check_order(steps: Iterable[Step]) -> None:
+def _check_order(steps: Iterable[Step], base: Checkpoint, arch: Arch) -> None:
     """Refuse edits of one tensor in an order that hooks do not have.
 
     Hooks act from the inside out: gates at a writer, ablations at the sum of a branch's
-    writers, `add` at `out` behind the block. Norm-preserving
-    ones act at a writer too, and read the base's weights.
+    writers, `add` at `mid` there too or behind a post-norm, `add` at `out` behind the block.
+    Norm-preserving ones act at a writer too, and read the base's weights.
     """
     edited: dict[str, int] = {}
     behind: dict[tuple[str, str, str], int] = {}
+    normed = {
+        one.weight
+        for written in arch.written(base.tensors).values()
+        for one in written
+        if one.branch.norm
+    }
     for number, step in enumerate(steps):
         for edit in step.edits:
             if step.reads_base and edit.tensor in edited:
@@ -127,8 +148,7 @@ def _check_order(steps: Iterable[Step]) -> None:
                     f"edits.{number}: {edit.tensor} is edited by edits.{edited[edit.tensor]} "
                     "already, and this edit reads the base's weights; name it first"
                 )
-            outer = ("add", "out") if edit.operator == "ablate" else ("ablate", edit.site)
-            other = behind.get((edit.tensor, *outer))
+            other = _outer(edit, behind, edit.tensor in normed)
             if edit.operator != "add" and other is not None:
                 raise ArchitectureError(
                     f"edits.{number}: {edit.tensor} is edited by edits.{other} already, whose "
@@ -137,6 +157,17 @@ def _check_order(steps: Iterable[Step]) -> None:
         edited |= {edit.tensor: number for edit in step.edits}
         if not step.reads_base:
             behind |= {(one.tensor, one.operator, one.site): number for one in step.edits}
+
+
+def _outer(
+    edit: PlannedEdit, behind: Mapping[tuple[str, str, str], int], normed: bool
+) -> int | None:
+    """The number of an earlier edit of the tensor whose hook acts behind this edit's, if any."""
+    if edit.operator == "gate":
+        return behind.get((edit.tensor, "ablate", edit.site))
+    sites = ("out", "mid") if normed else ("out",)
+    found = (behind.get((edit.tensor, "add", site)) for site in sites)
+    return next((number for number in found if number is not None), None)
 
 
 def direction_layers(recipe: Recipe) -> tuple[int, ...]:

@@ -59,9 +59,10 @@ def check_files(
 ) -> dict[str, float]:
     """Compare a written checkpoint with its base, tensor by tensor.
 
-    Untouched tensors must be equal to the bit, created ones zero but for their
-    edits, and every edit's own invariant must hold within the rounding of the
-    written type. Returns each edited tensor's residual. Raises VerificationError.
+    Untouched tensors must be equal to the bit, and in FP8 what belongs to them too,
+    created ones zero but for their edits, and every edit's own invariant must hold within
+    the rounding of the written type. Returns each edited tensor's residual. Raises
+    VerificationError.
     """
     missing = set(base.tensors) - set(written.tensors)
     foreign = set(written.tensors) - set(base.tensors) - created
@@ -79,6 +80,11 @@ def check_files(
                 raise VerificationError(f"{info.file}: {name} is not zero")
         elif not _same_bytes(base.tensors[name], info):
             raise VerificationError(f"{info.file}: {name} differs from the base and was not edited")
+        else:
+            pairs = zip(base.beside.get(name, ()), written.beside.get(name, ()), strict=True)
+            for one, other in pairs:
+                if not _same_bytes(one, other):
+                    raise VerificationError(f"{info.file}: {other.name} differs from the base")
     return residuals
 
 
