@@ -84,9 +84,9 @@ class LiveModel:
             raise CheckpointError(
                 f"{folder}: the tokenizer has no chat template; bake steers chat models"
             )
-        # transformers takes the dtype for what it turns out of FP8, and leaves the rest as it is.
-        wanted = dtype or (model.dtype if _fast(model.dtype) else torch.float32)
-        nn.Module.to(model, wanted)
+        # Of a checkpoint in FP8 transformers gives the dtype to some of the weights alone.
+        if dtype == torch.float32 or (dtype is None and not _fast(model.dtype)):
+            nn.Module.float(model)
         model.eval()
         return live
 
