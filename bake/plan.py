@@ -55,10 +55,10 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the plan chose, and why."""
-        given = (self.directions,) if self.directions else ()
+        given = [self.directions] if self.directions else []
         if self.unquantised:
-            given += ("the edited tensors leave FP8 and are written in BF16; the rest stays",)
-        return given + tuple(note for step in self.steps for note in step.notes)
+            given.append("the edited tensors leave FP8 and are written in BF16; the rest stays")
+        return (*given, *(note for step in self.steps for note in step.notes))
 
     def as_json(self) -> dict[str, object]:
         """The plan as plain values."""

@@ -225,7 +225,8 @@ def test_a_fitted_gate_opens_in_front_of_the_norm_by_shares(
         model.module(norm.module).register_forward_pre_hook(lambda _, y: read.append(y[0])),
     ]
     passage = torch.tensor([model.tokenizer("w40 w41 w42", add_special_tokens=False).input_ids])
-    model.model(passage)
+    with torch.inference_mode():
+        model.model(passage)
     for handle in handles:
         handle.remove()
     opened = (inputs[0] @ one.probe) / read[0].square().mean(-1).sqrt()
