@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bake.errors import FitError
 from bake.model import Batch, LiveModel, batches
@@ -37,13 +38,16 @@ class Tap:
     """A place where activations are read: what goes into a module, or what comes out.
 
     `keep` says what stays of the samples: their mean, also their second moment,
-    or the samples themselves (for dual forms, when there are few of them).
+    or the samples themselves (for dual forms, when there are few of them). With a `norm`,
+    which runs after `module`, every sample is divided by the root mean square of what that
+    norm reads at its position.
     """
 
     module: nn.Module
     side: Literal["input", "output"]
     positions: Literal["last", "decision"]
     keep: Literal["mean", "second", "samples"] = "mean"
+    norm: nn.Module | None = None
 
 
 class Moments:
@@ -116,16 +120,27 @@ def collect(
     prefix = model.prefix([one.ids for one in conversations], first)
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def watch(name: Any, tap: Tap) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    waiting: dict[Any, Tensor] = {}
+
+    def watch(name: Any, tap: Tap) -> list[RemovableHandle]:
+        def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             found = inputs[0] if tap.side == "input" else output
             state = found[0] if isinstance(found, tuple) else found
             mask, weights = chosen[tap.positions]
-            moments[name].add(state[mask], weights)
+            if tap.norm is None:
+                moments[name].add(state[mask], weights)
+            else:
+                waiting[name] = state[mask]
 
-        return tap.module.register_forward_hook(hook)
+        def divide(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+            mask, weights = chosen[tap.positions]
+            size = inputs[0][mask].float().square().mean(-1, keepdim=True).sqrt()
+            moments[name].add(waiting.pop(name).float() / size, weights)
 
-    handles = [watch(name, tap) for name, tap in taps.items()]
+        handles = [tap.module.register_forward_hook(take)]
+        return handles + ([tap.norm.register_forward_hook(divide)] if tap.norm else [])
+
+    handles = [handle for name, tap in taps.items() for handle in watch(name, tap)]
     try:
         padding = model.tokenizer.pad_token_id
         for batch in batches([one.ids for one in conversations], padding, batch_size, prefix):

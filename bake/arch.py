@@ -6,13 +6,24 @@ for a number, one tensor an expert.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
 from bake.errors import ArchitectureError
 
-__all__ = ["Arch", "Axis", "BiasSlot", "Block", "Branch", "Inner", "Site", "Writer", "Written"]
+__all__ = [
+    "Arch",
+    "Axis",
+    "BiasSlot",
+    "Block",
+    "Branch",
+    "Inner",
+    "PostNorm",
+    "Site",
+    "Writer",
+    "Written",
+]
 
 Site = Literal["attention", "mlp"]
 # The axis of a writer's weight that the stream has: rows of [.., d_out, d_in], or
@@ -68,6 +79,19 @@ class Branch:
     def multiplier(self, numbers: Mapping[str, object]) -> float:
         """The number that multiplies the branch, of `Arch.numbers`; 1 where the class has none."""
         return _number(numbers, self.scale)
+
+
+@dataclass(frozen=True)
+class PostNorm:
+    """A norm between a writer and the stream, by its full name; its gain is `offset` + weight."""
+
+    module: str
+    offset: float
+
+    @property
+    def weight(self) -> str:
+        """The name of its tensor."""
+        return f"{self.module}.weight"
 
 
 @dataclass(frozen=True)
@@ -140,9 +164,11 @@ class Arch:
     module to the config key of the head count by which llama.cpp's converter permutes
     its rows (conversion/llama.py, `permute`). In a `parallel` block all branches read
     the same stream; a name means the config key that says so. `block` says how to fill an
-    inserted block, or why none can be inserted. Tensors that `ignored`
-    matches are kept by stock classes out of the model, and copied. `inner` is set for a
-    multimodal checkpoint (`bake.wrappers`), whose names are then those on its disk.
+    inserted block, or why none can be inserted. `embedding_scale` leads to the number that
+    multiplies the embedding, which a GGUF has in the weights where it is `embedding_folded`.
+    Tensors that `ignored` matches are kept by stock classes out of the model, and copied.
+    `prefix` is what a checkpoint of the base class alone leaves out of every name. `inner` is
+    set for a multimodal checkpoint (`bake.wrappers`), whose names are then those on its disk.
     """
 
     model_type: str
@@ -159,13 +185,32 @@ class Arch:
     parallel: bool | str = False
     block: Block | str = "no row of how to fill a block of its own"
     embedding_scale: tuple[str | int, ...] | Literal["sqrt(width)"] = ()
+    embedding_folded: bool = False
     ignored: str = ""
+    prefix: str = ""
     inner: Inner | None = None
 
     @property
     def root(self) -> str:
         """The name of the module that holds the blocks, on disk."""
-        return self.layer.rsplit(".", 2)[0]
+        return ".".join(self.layer.split(".")[:-2])
+
+    def without_prefix(self, names: Iterable[str]) -> "Arch":
+        """The row as a checkpoint of the base class alone has it, if its tensors are these.
+
+        Stock classes load such names as well: the Hub's gpt2 has `h.0.attn.c_attn.weight`.
+        """
+        known, root = frozenset(names), f"{self.root}."
+        first = f"{self.embeddings[0]}.weight"
+        if first in known or first.removeprefix(root) not in known:
+            return self
+        return replace(
+            self,
+            layer=self.layer.removeprefix(root),
+            embeddings=tuple(module.removeprefix(root) for module in self.embeddings),
+            outside=tuple(module.removeprefix(root) for module in self.outside),
+            prefix=self.root,
+        )
 
     def numbers(self, config: Mapping[str, object]) -> Mapping[str, object]:
         """What config.json says of the text model."""
@@ -198,6 +243,12 @@ class Arch:
     def block_module(self, layer: int, module: str) -> str:
         """The full name of a block's module."""
         return f"{self.layer.format(layer=layer)}.{module}"
+
+    def post_norm(self, layer: int, branch: Branch) -> PostNorm | None:
+        """The norm behind a branch of a layer, if there is one."""
+        if branch.norm is None:
+            return None
+        return PostNorm(self.block_module(layer, branch.norm), branch.norm_offset)
 
     def check_layers(self, chosen: Iterable[int], config: Mapping[str, object], place: str) -> None:
         """Refuse layers that the model does not have; `place` is where the recipe names them."""
@@ -235,6 +286,8 @@ class Arch:
 
     def gguf_factor(self, tensor: str, config: Mapping[str, object]) -> float:
         """By what llama.cpp's converter multiplied this tensor."""
+        if self.embedding_folded and tensor in (f"{module}.weight" for module in self.embeddings):
+            return self.embedding_multiplier(config)
         found = self._weights.get(re.sub(r"\.bias$", ".weight", self._inside(tensor)[1]))
         return found[0].multiplier(self.numbers(config)) if found and found[0].folded else 1.0
 
@@ -298,7 +351,9 @@ class Arch:
                 )
 
     def _alone(self, tensor: str) -> str:
-        """The name that a tensor has where the text model is saved alone."""
+        """The name that a tensor has where the text model is saved alone, with its head."""
+        if self.prefix:
+            return f"{self.prefix}.{tensor}"
         if self.inner is None:
             return tensor
         row = self.inner.row

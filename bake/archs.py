@@ -418,13 +418,15 @@ _QWEN3_5 = replace(
     branches=(_ATTENTION, _LINEAR, _MLP),
 )
 # transformers models/falcon_h1/modeling_falcon_h1.py:836-840, 921, 932. llama.cpp's converter
-# multiplies the weights (conversion/falcon_h1.py); its graph drops attn_output.bias.
+# multiplies the weights, the embedding too (conversion/falcon_h1.py, `modify_tensors`); its
+# graph drops attn_output.bias.
 _FALCON_H1 = replace(
     _PLAIN,
     model_type="falcon_h1",
     block=_MIXED,
     gguf_architecture="falcon-h1",
     embedding_scale=("embedding_multiplier",),
+    embedding_folded=True,
     branches=(
         replace(
             _with(_ATTENTION, _slot(_O, _ATTENTION_BIAS, "transformers", "mlx")),
@@ -525,6 +527,7 @@ ARCHS: Mapping[str, Arch] = {
         _LLAMA,
         _MISTRAL,
         replace(_MISTRAL, model_type="ministral", block=Block(per_layer=_WINDOWS)),
+        replace(_MISTRAL, model_type="ministral3", gguf_architecture="mistral3"),
         _MIXTRAL,
         _QWEN2,
         _QWEN2_MOE,
@@ -570,13 +573,13 @@ REFUSED: Mapping[str, str] = {
 def find_arch(config: Mapping[str, object], where: str, names: Iterable[str] = ()) -> Arch:
     """The row for a config.json, read from `where`.
 
-    For a multimodal checkpoint, which is known by its text_config, it is the row of the
-    text model inside, at the place that the tensors' `names` show. Raises
-    ArchitectureError when the `model_type` is outside the table.
+    The tensors' `names` show whether they have their prefix. For a multimodal checkpoint,
+    which is known by its text_config, it is the row of the text model inside, at the place
+    that they show. Raises ArchitectureError when the `model_type` is outside the table.
     """
     model_type = config.get("model_type")
     if model_type in ARCHS or not isinstance(config.get(SECTION), dict):
-        return _row(model_type, where)
+        return _row(model_type, where).without_prefix(names)
     numbers = text_numbers(config, where)
     row = _row(numbers.get("model_type"), f"{where}: {SECTION}")
     return wrapped(row, numbers, names, where)

@@ -8,7 +8,7 @@ header length, a JSON header, then the tensors' bytes without holes.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bake.errors import CheckpointError
+from bake.quantised import check_quantisation, companions, dequantised
 
 __all__ = [
     "DTYPES",
@@ -46,6 +47,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,
 }
 EDITABLE: Final = ("F32", "F16", "BF16", "F64")
+FP8: Final = "F8_E4M3"
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -53,7 +55,10 @@ SINGLE: Final = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` and `stop` are absolute byte offsets in `file`."""
+    """Where a tensor lies: `start` and `stop` are absolute byte offsets in `file`.
+
+    A tensor in FP8 has its `scale`; `dtype` is then what it is written in when it is edited.
+    """
 
     name: str
     dtype: str
@@ -61,11 +66,15 @@ class TensorInfo:
     file: Path
     start: int
     stop: int
+    scale: "TensorInfo | None" = None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its tensors in the order of their bytes, and its `__metadata__`."""
+    """One safetensors file: its tensors in the order of their bytes, and its `__metadata__`.
+
+    They are as on disk: `Checkpoint.tensors` has those in FP8 as what they mean.
+    """
 
     file: Path
     tensors: tuple[TensorInfo, ...]
@@ -74,12 +83,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a config.json and safetensors files."""
+    """A folder with a config.json and safetensors files.
+
+    `beside` are, by the name of a tensor in FP8, those that belong to it and to nothing
+    else: they are not among the `tensors`, and go when it is written in another type.
+    """
 
     folder: Path
     config: Mapping[str, object]
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
+    beside: Mapping[str, tuple[TensorInfo, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -90,11 +104,6 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; give a checkpoint folder or a Hub id")
         config = _read_json(folder / "config.json")
-        if "quantization_config" in config:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: quantization_config: the checkpoint is quantised; "
-                "bake edits unquantised weights, so give the original checkpoint"
-            )
         shards = tuple(read_shard(file) for file in _shard_files(folder))
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
@@ -104,10 +113,17 @@ class Checkpoint:
                         f"{info.file}: {info.name} is also in {tensors[info.name].file.name}"
                     )
                 tensors[info.name] = info
-        return cls(folder, config, shards, tensors)
+        if not check_quantisation(config, str(folder / "config.json"), tensors):
+            return cls(folder, config, shards, tensors)
+        beside = _beside(tensors)
+        for name, found in beside.items():
+            tensors[name] = replace(tensors[name], dtype="BF16", scale=found[0])
+            for one in found:
+                del tensors[one.name]
+        return cls(folder, config, shards, tensors, beside)
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor in the type it has on disk."""
+        """Read one tensor in the type it has on disk; one in FP8 in float32, scaled."""
         return read_tensor(self.find(name))
 
     def find(self, name: str) -> TensorInfo:
@@ -133,8 +149,29 @@ class Checkpoint:
         )
 
 
+def _beside(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[TensorInfo, ...]]:
+    """What belongs to each FP8 weight, its scale first.
+
+    Raises CheckpointError for an FP8 tensor without a scale.
+    """
+    found = {}
+    for name, info in tensors.items():
+        if info.dtype == FP8:
+            own = tuple(tensors[one] for one in companions(name) if one in tensors)
+            if not own or own[0].name != companions(name)[0]:
+                raise CheckpointError(
+                    f"{info.file}: {name} is {info.dtype}, and there is no {companions(name)[0]}; "
+                    "give a bfloat16 copy"
+                )
+            found[name] = own
+    return found
+
+
 def read_tensor(info: TensorInfo) -> Tensor:
-    """Read the bytes of one tensor, shape and dtype as in its header."""
+    """Read one tensor, shape and dtype as in its header; one in FP8 in float32, scaled."""
+    if info.scale:
+        plain = replace(info, dtype=FP8, scale=None)
+        return dequantised(read_tensor(plain), read_tensor(info.scale), info.name)
     try:
         with info.file.open("rb") as stream:
             stream.seek(info.start)

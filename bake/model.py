@@ -123,8 +123,9 @@ class LiveModel:
             raise CheckpointError(
                 f"{folder}: the tokenizer has no chat template; bake steers chat models"
             )
-        if dtype is None and not _fast(model.dtype):
-            model.float()
+        # Of a checkpoint in FP8 transformers gives the dtype to some of the weights alone.
+        if dtype == torch.float32 or (dtype is None and not _fast(model.dtype)):
+            nn.Module.float(model)
         model.eval()
         return live
 
@@ -245,6 +246,28 @@ class LiveModel:
                 answers[row] = ids[:stop]
             progress(len(batch.rows))
         return answers
+
+    def sample(self, starts: Tensor, tokens: int) -> list[list[int]]:
+        """Texts of exactly `tokens` tokens behind `starts` [n, length], drawn at temperature 1.
+
+        The same on every call, and torch's own generator stays as it was.
+        """
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            written = self.model.generate(
+                input_ids=starts,
+                attention_mask=torch.ones_like(starts),
+                max_new_tokens=tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                repetition_penalty=1.0,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=None,
+            )
+        found: list[list[int]] = written.tolist()
+        return found
 
     def text(self, ids: Sequence[int]) -> str:
         """Token ids as text, special tokens left out."""

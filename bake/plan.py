@@ -16,6 +16,7 @@ from bake.errors import ArchitectureError, CheckpointError, DirectionsError, GGU
 from bake.gguf_file import GGUFFile
 from bake.insertion import Insertion, inserted_config
 from bake.ops import OPERATORS
+from bake.quantised import left_unquantised
 from bake.recipe import Recipe
 
 __all__ = ["Plan", "check_gguf", "direction_layers", "make_plan"]
@@ -27,7 +28,8 @@ class Plan:
 
     `directions` says where they come from, where the fit does not estimate them. Names in it
     are those before `insertion` has its blocks; `renamed` has the names that are then written,
-    where they are others, and `inserted_config` what changes in config.json with them.
+    where they are others, and `inserted_config` what changes in config.json with them;
+    `unquantised` is what changes there where edits take tensors out of FP8.
     """
 
     architecture: str
@@ -38,6 +40,7 @@ class Plan:
     directions: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     inserted_config: Mapping[str, object] = field(default_factory=dict)
+    unquantised: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def edits(self) -> tuple[PlannedEdit, ...]:
@@ -59,13 +62,15 @@ class Plan:
     def config(self) -> Mapping[str, object]:
         """What changes in config.json, by path."""
         changes = {key: value for step in self.steps for key, value in step.config.items()}
-        return changes | dict(self.inserted_config)
+        return changes | dict(self.inserted_config) | dict(self.unquantised)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the plan chose, and why."""
-        given = (self.directions,) if self.directions else ()
-        return given + tuple(note for step in self.steps for note in step.notes)
+        given = [self.directions] if self.directions else []
+        if self.unquantised:
+            given.append("the edited tensors leave FP8 and are written in BF16; the rest stays")
+        return (*given, *(note for step in self.steps for note in step.notes))
 
     def as_json(self) -> dict[str, object]:
         """The plan as plain values."""
@@ -123,9 +128,13 @@ class Plan:
             )
         if self._moved:
             lines.append(f"renamed: {len(self._moved)} tensors of the blocks behind")
-        lines += [f"config.json: {key} = {value}" for key, value in self.config.items()]
+        lines += [f"config.json: {key} = {_brief(value)}" for key, value in self.config.items()]
         lines += self.notes
         return "\n".join(lines)
+
+
+def _brief(value: object) -> str:
+    return f"{len(value)} names" if isinstance(value, list) else str(value)
 
 
 def make_plan(
@@ -143,11 +152,18 @@ def make_plan(
         OPERATORS[spec.op].plan(spec, base, arch, f"edits.{number}", recipe.runtimes)
         for number, spec in enumerate(recipe.edits)
     )
-    _check_order(steps)
+    _check_order(steps, base, arch)
     layers, width = arch.layer_count(base.config), arch.width(base.config)
     given = _given(recipe, directions, layers, width) if directions else ""
     after = tuple(sorted({layer for step in steps for layer in step.inserted}))
-    plan = Plan(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given)
+    scaled = dict.fromkeys(
+        edit.tensor for step in steps for edit in step.edits if edit.tensor in base.beside
+    )
+    plain = [name for name, one in base.tensors.items() if not one.scale and len(one.shape) == 2]
+    plan = Plan(
+        *(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given),
+        unquantised=left_unquantised(base.config, scaled, plain) if scaled else {},
+    )
     if after:
         plan = _with_blocks(plan, recipe, base, arch)
     for edit in plan.edits:
@@ -177,15 +193,21 @@ def _with_blocks(plan: Plan, recipe: Recipe, base: Checkpoint, arch: Arch) -> Pl
     )
 
 
-def _check_order(steps: Iterable[Step]) -> None:
+def _check_order(steps: Iterable[Step], base: Checkpoint, arch: Arch) -> None:
     """Refuse edits of one tensor in an order that hooks do not have.
 
     Hooks act from the inside out: gates at a writer, ablations at the sum of a branch's
-    writers, `add` at `out` behind the block. Norm-preserving
-    ones act at a writer too, and read the base's weights.
+    writers, `add` at `mid` there too or behind a post-norm, `add` at `out` behind the block.
+    Norm-preserving ones act at a writer too, and read the base's weights.
     """
     edited: dict[str, int] = {}
     behind: dict[tuple[str, str, str], int] = {}
+    normed = {
+        one.weight
+        for written in arch.written(base.tensors).values()
+        for one in written
+        if one.branch.norm
+    }
     for number, step in enumerate(steps):
         for edit in step.edits:
             if step.reads_base and edit.tensor in edited:
@@ -193,8 +215,7 @@ def _check_order(steps: Iterable[Step]) -> None:
                     f"edits.{number}: {edit.tensor} is edited by edits.{edited[edit.tensor]} "
                     "already, and this edit reads the base's weights; name it first"
                 )
-            outer = ("add", "out") if edit.operator == "ablate" else ("ablate", edit.site)
-            other = behind.get((edit.tensor, *outer))
+            other = _outer(edit, behind, edit.tensor in normed)
             if edit.operator != "add" and other is not None:
                 raise ArchitectureError(
                     f"edits.{number}: {edit.tensor} is edited by edits.{other} already, whose "
@@ -203,6 +224,17 @@ def _check_order(steps: Iterable[Step]) -> None:
         edited |= {edit.tensor: number for edit in step.edits}
         if not step.reads_base:
             behind |= {(one.tensor, one.operator, one.site): number for one in step.edits}
+
+
+def _outer(
+    edit: PlannedEdit, behind: Mapping[tuple[str, str, str], int], normed: bool
+) -> int | None:
+    """The number of an earlier edit of the tensor whose hook acts behind this edit's, if any."""
+    if edit.operator == "gate":
+        return behind.get((edit.tensor, "ablate", edit.site))
+    sites = ("out", "mid") if normed else ("out",)
+    found = (behind.get((edit.tensor, "add", site)) for site in sites)
+    return next((number for number in found if number is not None), None)
 
 
 def direction_layers(recipe: Recipe) -> tuple[int, ...]:

@@ -174,7 +174,7 @@ class Add(_Section):
         description="What in the weights holds the vector; the plan chooses under `auto`.",
     )
     ridge: Ridge = Field(
-        default=1e-4,
+        default=0.01,
         description="The ridge of the constant that a ridge carrier reads, in units of "
         "tr(Gram matrix) / width.",
     )

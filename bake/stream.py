@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -59,16 +59,18 @@ def write_checkpoint(
         if name not in known:
             raise CheckpointError(f"{base.folder}: no tensor named {name} to edit")
     hashes: dict[str, str] = {}
+    gone = {one.name for name in edits for one in base.beside.get(name, ())}
     try:
         for shard in base.shards:
             target = folder / shard.file.name
-            hashes[target.name] = _write_shard(shard, edits, created, renamed, target, progress)
+            entries = _entries(shard, base, edits, created, gone)
+            hashes[target.name] = _write_shard(shard, entries, edits, renamed, target, progress)
         for path in base.sidecars():
             target = folder / path.name
             if path.name == "config.json" and config:
                 write_config(path, config, target)
-            elif path.name == INDEX and created:
-                _write_index(path, created, renamed, base, target)
+            elif path.name == INDEX and (created or gone):
+                _write_index(path, created, edits, renamed, base, target)
             else:
                 target.write_bytes(path.read_bytes())
             hashes[target.name] = hashlib.sha256(target.read_bytes()).hexdigest()
@@ -94,13 +96,12 @@ def write_config(source: Path, changes: Mapping[str, object], target: Path) -> N
 
 def _write_shard(
     shard: Shard,
+    entries: Sequence[TensorInfo | CreatedTensor],
     edits: Mapping[str, Sequence[Edit]],
-    created: Sequence[CreatedTensor],
     renamed: Mapping[str, str],
     target: Path,
     progress: Callable[[int], None],
 ) -> str:
-    entries = _entries(shard, created)
     header = _header(entries, renamed, shard.metadata)
     digest = hashlib.sha256(header)
     with shard.file.open("rb") as source, target.open("xb") as output:
@@ -118,10 +119,19 @@ def _write_shard(
     return digest.hexdigest()
 
 
-def _entries(shard: Shard, created: Sequence[CreatedTensor]) -> list[TensorInfo | CreatedTensor]:
+def _entries(
+    shard: Shard,
+    base: Checkpoint,
+    edits: Mapping[str, Sequence[Edit]],
+    created: Sequence[CreatedTensor],
+    gone: Collection[str],
+) -> list[TensorInfo | CreatedTensor]:
+    """What a file will hold: untouched tensors as they are on disk, edited ones as they mean."""
     entries: list[TensorInfo | CreatedTensor] = []
     for info in shard.tensors:
-        entries.append(info)
+        if info.name in gone:
+            continue
+        entries.append(base.tensors[info.name] if info.name in edits else info)
         entries.extend(tensor for tensor in created if tensor.beside == info.name)
     return entries
 
@@ -191,18 +201,26 @@ def _bytes(tensor: Tensor) -> bytes:
 def _write_index(
     source: Path,
     created: Sequence[CreatedTensor],
+    edits: Iterable[str],
     renamed: Mapping[str, str],
     base: Checkpoint,
     target: Path,
 ) -> None:
-    """Add the created tensors to the weight map, each in the shard of its neighbour."""
+    """Add created tensors to the weight map, each in its neighbour's shard; drop what is gone."""
     index = json.loads(source.read_text(encoding="utf-8"))
-    places = index["weight_map"]
+    places, more = index["weight_map"], 0
     index["weight_map"] = {renamed.get(name, name): file for name, file in places.items()}
     for tensor in created:
         name = renamed.get(tensor.name, tensor.name)
         index["weight_map"][name] = base.find(tensor.beside).file.name
-        if "total_size" in index.get("metadata", {}):
-            size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-            index["metadata"]["total_size"] += size
+        more += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+    for name in edits:
+        for one in base.beside.get(name, ()):
+            del index["weight_map"][one.name]
+            more -= one.stop - one.start
+        if name in base.beside:
+            info = base.tensors[name]
+            more += math.prod(info.shape) * DTYPES[info.dtype].itemsize - (info.stop - info.start)
+    if "total_size" in index.get("metadata", {}):
+        index["metadata"]["total_size"] += more
     target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

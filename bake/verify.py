@@ -64,10 +64,11 @@ def check_files(
 ) -> dict[str, float]:
     """Compare a written checkpoint with its base, tensor by tensor.
 
-    Untouched tensors must be equal to the bit, created ones what they were made of but for
-    their edits, and every edit's own invariant must hold within the rounding of the
-    written type. `renamed` has the names that were written where they are others. Returns
-    each edited tensor's residual, by the name written. Raises VerificationError.
+    Untouched tensors must be equal to the bit, and in FP8 what belongs to them too, created
+    ones what they were made of but for their edits, and every edit's own invariant must hold
+    within the rounding of the written type. `renamed` has the names that were written where
+    they are others. Returns each edited tensor's residual, by the name written. Raises
+    VerificationError.
     """
     new = {tensor.name: tensor for tensor in created}
     planned = {renamed.get(name, name): name for name in (*base.tensors, *new)}
@@ -88,6 +89,11 @@ def check_files(
                 raise VerificationError(f"{info.file}: {name} is new and not what was planned")
         elif not _same_bytes(base.tensors[old], info):
             raise VerificationError(f"{info.file}: {name} differs from the base and was not edited")
+        else:
+            pairs = zip(base.beside.get(old, ()), written.beside.get(name, ()), strict=True)
+            for one, other in pairs:
+                if not _same_bytes(one, other):
+                    raise VerificationError(f"{info.file}: {other.name} differs from the base")
     return residuals
 
 

@@ -91,10 +91,6 @@ def test_a_malformed_header_is_one_line(
         (lambda folder: (folder / "model.safetensors").unlink(), "neither"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "not a saf"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "truncated"),
-        (
-            lambda folder: (folder / "config.json").write_text('{"quantization_config": {}}'),
-            "quantised",
-        ),
     ],
 )
 def test_a_damaged_folder_is_one_line(

@@ -63,6 +63,20 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "ministral": _HEADS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "ministral3": _HEADS
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 4,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
     "mixtral": _EXPERTS,
     "qwen2": {},
     "qwen2_moe": _EXPERTS,
@@ -99,6 +113,7 @@ TINY: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "mamba_expand": 1,
         "mamba_chunk_size": 8,
+        "embedding_multiplier": 1.7,
         "attention_out_multiplier": 0.6,
         "ssm_out_multiplier": 0.7,
         "mlp_multipliers": [0.9, 0.5],

@@ -48,11 +48,13 @@ def block_carrier(base: Checkpoint, arch: Arch, layer: int, runtimes: Iterable[s
     """The block behind a layer, whose tensors are named and shaped as that layer's are.
 
     Raises ArchitectureError where the row has none, a runtime would not run it as it is, the
-    MLP is too narrow or its activation another, and for half precision without a norm.
+    MLP is too narrow or its activation another, for half precision without a norm, and for FP8.
     """
     block = arch.block
     if isinstance(block, str):
         raise ArchitectureError(f"model_type '{arch.model_type}': {block}")
+    if base.beside:
+        raise ArchitectureError("the checkpoint is in FP8, in which bake inserts no block")
     count = arch.layer_count(base.config)
     refusals = block.refusals(count, count + 1)
     for runtime in runtimes:

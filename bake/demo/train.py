@@ -130,13 +130,14 @@ def train(output: Path, training: Training) -> None:
     model.model.layers = _renumbered(blocks[training.frozen :])
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    losses, ends = [], []
+    losses: list[list[float]] = []
+    ends: list[list[torch.Tensor]] = []
     for each, groups in zip(training.rounds, rounds, strict=True):
         losses.append(_learn(model, trained, groups, shared, each, training))
         ends.append([parameter.detach().clone() for parameter in trained])
     # The mean of the rounds' ends (Wortsman et al. 2022, arXiv:2203.05482).
-    for parameter, each in zip(trained, zip(*ends, strict=True), strict=True):
-        parameter.data = torch.stack(each).mean(0)
+    for parameter, values in zip(trained, zip(*ends, strict=True), strict=True):
+        parameter.data = torch.stack(values).mean(0)
     adapted.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.model.layers = blocks
     # float16 halves the file; merging rounds far below the base's own quantisation.

@@ -16,7 +16,7 @@ from bake.checkpoint import Checkpoint
 from bake.directions import Directions
 from bake.directions.value import Origin
 from bake.errors import FitError
-from bake.fit.constant import Constant, with_constants
+from bake.fit.constant import Constant, own_text, with_constants
 from bake.fit.mean_difference import mean_difference
 from bake.fit.protect import without
 from bake.fit.readout import ReadoutClass, ridge_readout
@@ -118,10 +118,10 @@ def fit(
         for spec, step in zip(recipe.edits, plan.steps, strict=True)
         for one in OPERATORS[spec.op].build(spec, step, measured, model.arch)
     ]
-    everything = [one for found in conversations.values() for one in found]
-    interventions, constants = with_constants(
-        model, built, everything, _passages(model, texts.test)
-    )
+    ridge = any(edit.carrier == "ridge" for edit in plan.edits)
+    chats = [one for role, found in conversations.items() for one in found if role != "text"]
+    classes = [chats, conversations["text"], own_text(model)] if ridge else []
+    interventions, constants = with_constants(model, built, classes, _passages(model, texts.test))
     return Fitted(interventions, used, records, openings, constants)
 
 
@@ -207,7 +207,8 @@ def _taps(
 ) -> dict[Any, Tap]:
     """What to measure: the stream behind `layers`, and the inputs that probes read.
 
-    With fewer samples than dimensions ridge estimators keep them for their dual form.
+    With fewer samples than dimensions ridge estimators keep them for their dual form. In
+    front of a post-norm a probe reads in units of what the norm divides by.
     """
     taps: dict[Any, Tap] = {}
     for layer in layers:
@@ -215,8 +216,15 @@ def _taps(
         ridge: Literal["samples", "second"] = "samples" if few else "second"
         keep = "mean" if recipe.fit.estimator == "mean-difference" else ridge
         taps[layer] = Tap(model.block(layer), "output", "last", keep)
+    norms = {
+        one.module: model.arch.post_norm(one.layer, one.branch)
+        for written in model.arch.written(edit.tensor for edit in plan.edits).values()
+        for one in written
+    }
     for module in _probed(plan, recipe):
-        taps[module] = Tap(model.module(module), "input", "decision", "second")
+        norm = norms[module]
+        behind = model.module(norm.module) if norm else None
+        taps[module] = Tap(model.module(module), "input", "decision", "second", behind)
     return taps
 
 

@@ -9,13 +9,14 @@ from torch.utils.hooks import RemovableHandle
 
 from bake.arch import Arch, Axis, Branch, Written
 from bake.carriers import Site, carry
+from bake.carriers.gain import read_gain
 from bake.checkpoint import Checkpoint, TensorInfo
 from bake.edits import Edit, PlannedEdit, Step
 from bake.errors import ArchitectureError, FitError
 from bake.fit.protect import without
 from bake.hooks import Intervention
 from bake.model import LiveModel
-from bake.ops.add import Add
+from bake.ops.add import behind_norm_note, carried_add
 from bake.ops.cut import Cut, EmbeddingCutKeepingNorms, WriterCutKeepingNorms
 from bake.ops.operator import Measured
 from bake.recipe import Ablate as Spec
@@ -99,10 +100,8 @@ def cuts(
             branches.setdefault((layer, one.branch), []).append(one)
     found: list[Cut] = []
     for (layer, branch), writers in branches.items():
-        own = basis
-        if branch.norm:
-            weight = measured.base.read(f"{arch.block_module(layer, branch.norm)}.weight").float()
-            own = behind_norm(basis, branch.norm_offset + weight)
+        norm = arch.post_norm(layer, branch)
+        own = behind_norm(basis, read_gain(measured.base, norm)) if norm else basis
         if keep_norms:
             found += [
                 WriterCutKeepingNorms(one.module, own, _tensors([one]), strengths[layer])
@@ -199,7 +198,7 @@ class AblateOperator:
         kept = spec.strength * (basis @ (basis.T @ measured.means[layer].float()))
         at, site = _constant_site(spec, arch, measured.base)
         carried, _ = carry(measured.base, arch, at, site, step.edits[-1].carrier, ())
-        return (ablation, Add(at, site, kept, carried))
+        return (ablation, carried_add(measured.base, at, site, kept, carried))
 
 
 def _with_constant(
@@ -213,7 +212,7 @@ def _with_constant(
     edit = PlannedEdit(*("add", found.carrier, layer, site, found.tensor, found.shape, found.dtype))
     note = (
         f"{place}: the constant goes to site {site} of layer {layer}, "
-        f"{found.carrier} carrier ({why})"
+        f"{found.carrier} carrier ({why}){behind_norm_note(found)}"
     )
     return replace(
         step,

@@ -2,6 +2,12 @@
 
 On the target's decision tokens cᵀa is near 1, on protected and general ones near
 0, so the condition is part of the weights: W' = W + v cᵀ.
+
+Where a post-norm of gain g follows y = W a, the write is (v / g) cᵀ and c reads rms(y) in
+place of 1. The stream then receives (g ⊙ ŷ + v γ) / s, with ŷ = y / rms(y), γ near 1 on the
+target and near 0 elsewhere, and s = rms(ŷ + γ v / g) from the norm: exactly what it was where
+the gate is closed, and v on a rescaled sum where it is open. The gate is its own reference,
+a write in front of the norm, so hook and weights are the same map here too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from bake.arch import Arch, Written
+from bake.carriers.gain import in_front_of
 from bake.checkpoint import Checkpoint, TensorInfo
 from bake.edits import Edit, LowRank, PlannedEdit, Step
 from bake.errors import ArchitectureError
@@ -65,18 +72,21 @@ class GateOperator:
         """
         arch.check_layers(spec.layers, base.config, f"{place}.layers")
         written = arch.written(base.tensors)
-        edits = []
+        edits, norms = [], []
         for layer in spec.layers:
             for one in written[layer]:
                 if one.branch.site not in spec.sites:
                     continue
                 info = base.find(one.weight)
-                _check(one, info, arch, place)
+                _check(one, info, place)
                 site = one.branch.site
+                norm = arch.post_norm(layer, one.branch)
+                norms += [norm.module] if norm else []
                 edits.append(
                     PlannedEdit("gate", "rank-one", layer, site, info.name, info.shape, info.dtype)
                 )
-        return Step(tuple(edits))
+        note = f"{place}: what the gate adds is rescaled with the rest by {', '.join(norms)}"
+        return Step(tuple(edits), notes=(note,) if norms else ())
 
     def layers(self, spec: Spec) -> tuple[int, ...]:
         """Every gated layer writes along its own direction."""
@@ -96,18 +106,16 @@ class GateOperator:
             for one in writers:
                 multiplier = one.branch.multiplier(arch.numbers(measured.base.config))
                 vector = (share / multiplier * measured.directions[one.layer]).float()
+                norm = arch.post_norm(one.layer, one.branch)
+                if norm:
+                    vector = in_front_of(vector, measured.base, norm)
                 probe = measured.probe(one.module, spec.ridge).float()
                 gates.append(Gate(one.module, vector, probe, one.writer.axis))
         return tuple(gates)
 
 
-def _check(one: Written, info: TensorInfo, arch: Arch, place: str) -> None:
-    """Refuse a writer whose output is not the stream's, or that not every token passes."""
-    if one.branch.norm:
-        raise ArchitectureError(
-            f"{place}.sites: {one.weight}: model_type '{arch.model_type}' rescales what it writes "
-            f"({one.branch.norm}); a gate there has no exact form yet, use op: ablate"
-        )
+def _check(one: Written, info: TensorInfo, place: str) -> None:
+    """Refuse a writer that not every token passes."""
     if "expert" in one.writer.module or len(info.shape) > 2:
         raise ArchitectureError(
             f"{place}.sites: {one.weight}: a token passes few of the experts, so a gate cannot "

@@ -1,0 +1,158 @@
+"""Rows of the table in llama.cpp: a GGUF patched by bake against the hooked model.
+
+The base GGUF is written by llama.cpp's own converter, which lies in the source distribution
+of llama-cpp-python, so names, axes, row orders and multipliers are not bake's own idea of
+them. BAKE_LLAMA_CPP may name a llama.cpp tree; otherwise the distribution is fetched once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from bake.archs import find_arch
+from bake.checkpoint import Checkpoint
+from bake.edits import Edit, apply_all
+from bake.export.gguf import compare, patch
+from bake.export.layout import gguf_edits
+from bake.gguf_file import GGUFFile
+from bake.hooks import steered
+from bake.llama import LlamaModel
+from bake.model import LiveModel
+from tests.test_archs import BATCH, interventions, recipe_of
+from tests.tiny import write_tiny
+
+pytestmark = pytest.mark.slow
+ADD = {"op": "add", "layer": 1, "strength": 2.0, "carrier": "bias"}
+ABLATE = {"op": "ablate", "layers": [0, 1]}
+START = {"op": "add", "layer": 0, "site": "in", "strength": 2.0}
+
+
+def gate(*sites: str) -> dict[str, object]:
+    return {"op": "gate", "layers": [2], "sites": list(sites), "strength": 2.0}
+
+
+BOTH = gate("attention", "mlp")
+# What converters read of a config.json of the Hub, and transformers 5 does not write.
+LOST = {"gpt2": {"n_ctx": 64}, "cohere2": {"rotary_pct": 1.0}, "falcon_h1": {"head_dim": 8}}
+ROWS = {
+    "llama": (ADD, ABLATE, BOTH, START),
+    "mistral": (ABLATE, BOTH, START),
+    "ministral3": (ABLATE, BOTH),
+    "qwen2": (ABLATE, BOTH, START),
+    "qwen3": (ABLATE, BOTH, START),
+    "qwen3_moe": (ABLATE, gate("attention")),
+    "mixtral": (ABLATE, gate("attention")),
+    "gemma": (ABLATE, BOTH, START),
+    "gemma2": (ABLATE, BOTH),
+    "gemma3_text": (ABLATE, BOTH, START),
+    "phi3": (ABLATE, BOTH, START),
+    "olmo2": (ABLATE, BOTH, START),
+    "glm4": (ABLATE, BOTH, START),
+    "granite": (ADD, ABLATE, BOTH, START),
+    "smollm3": (ABLATE, BOTH, START),
+    "stablelm": (ABLATE, BOTH, START),
+    "cohere2": (ABLATE, BOTH),
+    "starcoder2": (ADD, ABLATE, BOTH, START),
+    "gpt2": (ADD, ABLATE, BOTH, START),
+    "gpt_oss": (ADD, ABLATE, gate("attention"), START),
+    "falcon_h1": (ADD, ABLATE, BOTH, START),
+    "lfm2": (ABLATE, BOTH, START),
+}
+CONVERT = """
+import sys
+from pathlib import Path
+tree, folder, output, words = sys.argv[1:]
+sys.path[:0] = [tree, str(Path(tree, "gguf-py"))]
+import gguf, torch
+from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+
+def set_vocab(model):
+    model._set_vocab_none()
+    model.gguf_writer.add_vocab_size(int(words))
+
+chosen = get_model_architecture(ModelBase.load_hparams(Path(folder), False), ModelType.TEXT)
+converter = get_model_class(chosen)
+for one in [converter, *vars(converter).values()]:
+    if isinstance(one, type):
+        one.set_vocab = set_vocab
+with torch.inference_mode():
+    converter(Path(folder), gguf.LlamaFileType.ALL_F32, Path(output)).write()
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama.cpp tree with its converter."""
+    chosen = os.environ.get("BAKE_LLAMA_CPP")
+    if chosen:
+        return Path(chosen)
+    folder: Path = tmp_path_factory.mktemp("llama.cpp")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", ":all:", "--dest", str(folder), "llama-cpp-python==0.3.36"]
+    fetched = subprocess.run(command, capture_output=True, text=True, check=False)
+    archives = list(folder.glob("*.tar.gz"))
+    if not archives:
+        pytest.skip(f"no source distribution of llama-cpp-python: {fetched.stderr.strip()[-200:]}")
+    with tarfile.open(archives[0]) as archive:
+        wanted = ("conversion/", "gguf-py/")
+        inside = [one for one in archive.getmembers() if any(part in one.name for part in wanted)]
+        archive.extractall(folder, inside, filter="data")
+    return next(folder.glob("*/vendor/llama.cpp"))
+
+
+def converted(tree: Path, folder: Path, output: Path) -> GGUFFile:
+    """The checkpoint as llama.cpp's converter writes it, in float32, with a bare vocabulary."""
+    command = [sys.executable, "-c", CONVERT, *map(str, (tree, folder, output)), "96"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return GGUFFile.open(output)
+
+
+def logits(path: Path) -> torch.Tensor:
+    with LlamaModel(path, context=16, threads=1) as model:
+        return torch.from_numpy(np.stack([model.logits(ids) for ids in BATCH.ids.tolist()]))
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_a_patched_gguf_is_the_hooked_model(tree: Path, tmp_path: Path, model_type: str) -> None:
+    folder = tmp_path / "base"
+    write_tiny(model_type, folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | LOST.get(model_type, {})
+    file.write_text(json.dumps(config))
+    base = Checkpoint.open(folder)
+    arch = find_arch(base.config, "config.json", base.tensors)
+    gguf = converted(tree, folder, tmp_path / "base.gguf")
+    assert gguf.architecture == arch.gguf_architecture
+    model = LiveModel.load(folder, arch)
+    before = model.logits(BATCH)
+    # gelu is a table of float16 in llama.cpp.
+    torch.testing.assert_close(logits(gguf.path), before, atol=2e-2, rtol=2e-3)
+
+    for number, spec in enumerate(ROWS[model_type]):
+        built = interventions(base, arch, recipe_of(spec))
+        made: dict[str, list[Edit]] = {}
+        for one in built:
+            for edit in one.edits():
+                made.setdefault(edit.tensor, []).append(edit)
+        moved = gguf_edits(made, arch, base.config)
+        created = {
+            name: apply_all(moved.pop(name), torch.zeros(32))
+            for name in [name for name in moved if name not in gguf.tensors]
+        }
+        output = tmp_path / f"{number}.gguf"
+        patch(gguf, moved, output, edited_type=GGMLQuantizationType.F32, created=created)
+        compare(gguf, GGUFFile.open(output), set(moved) | set(created))
+        with steered(model, built):
+            hooked = model.logits(BATCH)
+        effect = float((hooked - before).abs().max())
+        moved_by = logits(output) - logits(gguf.path)
+        assert float((moved_by - (hooked - before)).abs().max()) < 1e-2 * effect, spec
