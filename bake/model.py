@@ -163,7 +163,7 @@ class LiveModel:
         `progress` receives the number of answers finished since the last call.
         """
         answers: list[list[int]] = [[] for _ in prompts]
-        ends = self._end_tokens()
+        ends = self.end_tokens()
         for batch in batches(prompts, self.tokenizer.pad_token_id, batch_size):
             with torch.inference_mode():
                 written = self.model.generate(
@@ -187,7 +187,8 @@ class LiveModel:
         decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return decoded
 
-    def _end_tokens(self) -> set[int]:
+    def end_tokens(self) -> set[int]:
+        """The tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
         found = set(ends) if isinstance(ends, list) else {ends}
         return {*found, self.tokenizer.eos_token_id} - {None}
