@@ -18,7 +18,7 @@ from bake.directions.value import Origin
 from bake.errors import DirectionsError, FitError
 from bake.fit.cosmic import CosmicScores, cosmic_score, least_alike, shifted
 from bake.fit.estimators import ESTIMATORS
-from bake.fit.protect import in_null_space, without, without_concepts
+from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.judge import ANSWERED, REFUSED, UNREAD, Exchange, Verdict
 from bake.model import LiveModel
 from bake.pipeline import fit_to_file
@@ -83,15 +83,30 @@ def loaded(*overrides: str) -> LoadedRecipe:
     return load_recipe("recipe.yaml", overrides=overrides)
 
 
-def states(role: str, layer: int) -> torch.Tensor:
+def states(role: str, layer: int, model: str = "model") -> torch.Tensor:
     """Last prompt tokens behind a block, by plain forward passes over the fitting split."""
-    model = LiveModel.load(Path("model"), ARCHS["llama"])
-    rows = []
-    for prompt in load_splits(f"{role}.txt").fit:
-        ids = torch.tensor([model.render(prompt.text)])
-        with torch.inference_mode():
-            rows.append(model.model(ids, output_hidden_states=True).hidden_states[layer + 1][0, -1])
+    live = LiveModel.load(Path(model), ARCHS["llama"])
+    prompts = load_splits(f"{role}.txt").fit
+    rows = [behind_blocks(live, live.render(prompt.text))[layer] for prompt in prompts]
     return torch.stack(rows).double()
+
+
+def behind_blocks(model: LiveModel, ids: Sequence[int], **change: object) -> torch.Tensor:
+    """States [layers, d] of the last token behind every block, in the order that hooks act."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: object, __: object, out: object) -> None:
+        state = out[0] if isinstance(out, tuple) else out
+        assert isinstance(state, torch.Tensor)
+        seen.append(state[0, -1])
+
+    layers = len(model.decoder.layers)
+    with shifted(model, layers, **change), torch.inference_mode():  # type: ignore[arg-type]
+        handles = [model.block(layer).register_forward_hook(keep) for layer in range(layers)]
+        model.model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)
 
 
 @pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
@@ -132,7 +147,7 @@ def test_protection_is_what_the_mathematics_says(tmp_path: Path) -> None:
         ("protect=residual", "concepts=[shield.txt]"): without_concepts(delta, concepts, 0.01),
         ("protect=residual", "protect_ridge=2"): without_concepts(delta, harm[:, None], 2),
         ("protect=null-space", "protect_share=0.6"): in_null_space(
-            delta, torch.cat([protected, general]), 0.6
+            delta, busiest(torch.cat([protected, general]), 0.6)
         ),
     }
     for number, (choices, direction) in enumerate(wanted.items()):
@@ -144,10 +159,12 @@ def test_protection_is_what_the_mathematics_says(tmp_path: Path) -> None:
 
 
 def test_nothing_left_of_a_direction_is_named(tmp_path: Path) -> None:
-    overrides = ("fit.protect=null-space", "fit.protect_share=0.01")
-    with pytest.raises(FitError, match=r"layer 1: .* nothing is left .* null-space; protect less"):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(Path("target.txt").read_text())
+    overrides = (f"prompts.protected={copy}", "fit.protect=remove")
+    with pytest.raises(FitError, match=r"layer 1: .* nothing is left .* remove; protect less"):
         fit_to_file(loaded(*overrides), tmp_path / "d.safetensors")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [copy]
 
 
 def test_verdicts_that_could_not_be_read_are_of_no_class(
@@ -169,23 +186,6 @@ def test_verdicts_that_could_not_be_read_are_of_no_class(
 
 
 # --- COSMIC on a live model
-
-
-def behind_blocks(model: LiveModel, ids: Sequence[int], **change: object) -> torch.Tensor:
-    """States [layers, d] of the last token behind every block, in the order that hooks act."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_: object, __: object, out: object) -> None:
-        state = out[0] if isinstance(out, tuple) else out
-        assert isinstance(state, torch.Tensor)
-        seen.append(state[0, -1])
-
-    with shifted(model, 3, **change), torch.inference_mode():  # type: ignore[arg-type]
-        handles = [model.block(layer).register_forward_hook(keep) for layer in range(3)]
-        model.model(torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return torch.stack(seen)
 
 
 def test_the_stream_without_a_direction_has_none_of_it_behind_any_block() -> None:
@@ -236,18 +236,22 @@ def test_cosmic_takes_the_best_layer_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the limit of divergence lets any layer pass, and where it lets none."""
-    points = {0: 0.5, 1: 0.9, 2: 1.9}
+    write_tiny("llama", tmp_path / "deep", num_hidden_layers=5)
+    deep = ("fit.estimator=cosmic", f"model={tmp_path / 'deep'}")
+    # The last fifth of the layers is out of the question.
+    points = {0: 0.5, 1: 0.3, 2: 0.4, 3: 0.9, 4: 1.9}
     monkeypatch.setattr(CosmicScores, "score", lambda self, layer, vector: points[layer])
     monkeypatch.setattr(CosmicScores, "divergence", lambda self, vector: 0.01)
     path = tmp_path / "d.safetensors"
-    fit_to_file(loaded("fit.estimator=cosmic"), path)
-    # Layer 2 is beyond the first 80 % of three layers; layer 1 is the best of the others.
-    wanted = states("target", 1).mean(0) - states("general", 1).mean(0)
+    fit_to_file(loaded(*deep), path)
+    model = str(tmp_path / "deep")
+    wanted = states("target", 3, model).mean(0) - states("general", 3, model).mean(0)
     for vector in load_directions(path).vectors.values():
-        assert float(vector.double() @ wanted / vector.norm() / wanted.norm()) > 1 - 1e-6
+        cosine = float(vector.double() @ wanted / vector.norm() / wanted.norm())
+        assert abs(cosine) > 1 - 1e-6
     monkeypatch.setattr(CosmicScores, "divergence", lambda self, vector: 0.2)
     with pytest.raises(FitError, match=r"cosmic: .*general prompts are answered otherwise"):
-        fit_to_file(loaded("fit.estimator=cosmic"), tmp_path / "none.safetensors")
+        fit_to_file(loaded(*deep), tmp_path / "none.safetensors")
 
 
 # --- figures in files
@@ -345,9 +349,9 @@ def test_the_file_bakes_what_the_recipe_does(bake: Run, tmp_path: Path) -> None:
     direct, given = (tmp_path / name / "model.safetensors" for name in ("direct", "given"))
     assert direct.read_bytes() == given.read_bytes()
     manifest = json.loads((tmp_path / "direct" / "bake.json").read_text())
-    # The bake itself asks for no more passes than before, so it has the spread alone.
+    # COSMIC's score would take passes of its own, which a bake does not make.
     assert set(manifest["fit"]["figures"]) == {"1", "2"}
-    assert set(manifest["fit"]["figures"]["1"]) == {"spread"}
+    assert set(manifest["fit"]["figures"]["1"]) == {"spread", "auc", "r"}
     assert Checkpoint.open(tmp_path / "direct").tensors
 
 

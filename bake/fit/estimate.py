@@ -12,7 +12,7 @@ from bake.directions.value import Origin
 from bake.errors import FitError
 from bake.fit.cosmic import CosmicScores
 from bake.fit.estimators import ESTIMATORS
-from bake.fit.protect import in_null_space, without, without_concepts
+from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed, held_out
 from bake.fit.spread import bootstrap_cosine
@@ -21,6 +21,10 @@ from bake.recipe import Fit, Recipe
 __all__ = ["Activations", "estimated", "roles_of_direction", "roles_shown"]
 
 Activations = Mapping[str, Mapping[int, Observed]]
+Estimate = Callable[[Samples, Samples], Tensor]
+Protect = Callable[[Tensor, Samples], Tensor]
+# Below this share of the estimate a protected direction is rounding.
+NOTHING_LEFT = 1e-6
 # COSMIC's own limits: no direction of the last fifth of the layers, and this much divergence.
 DEPTH, DIVERGENCE = 0.8, 0.1
 
@@ -45,14 +49,12 @@ def estimated(
     concepts: Activations,
     layers: Sequence[int],
     cosmic: CosmicScores | None = None,
-    scored: bool = False,
 ) -> Directions:
     """The direction behind every layer, as long as the gap between the two classes along it.
 
     A strength of 1 therefore moves the answered class's mean to the refused one's, measured
-    along the direction. Each comes with the figures that its recipe asks for: `spread`, and
-    where `scored` also `auc`, `r` and, given `cosmic`, its score. Raises FitError where the
-    data determine no direction.
+    along the direction. Each comes with its figures: `spread`, `auc`, `r`, and given `cosmic`
+    its score. Raises FitError where the data determine no direction.
     """
     refused, answered = found[recipe.fit.refused], found[recipe.fit.contrast]
     estimates = {
@@ -63,25 +65,25 @@ def estimated(
     units = {
         layer: _checked(recipe.fit, estimates[layer], samples[layer], layer) for layer in layers
     }
+    chosen = None
     if recipe.fit.estimator == "cosmic":
         assert cosmic is not None
         chosen = _chosen_by_cosmic(recipe.fit, estimates, samples, cosmic)
         units = dict.fromkeys(layers, chosen.direction)
-        estimates = dict.fromkeys(estimates, estimates[chosen.layer])
     vectors, figures = {}, {}
     for layer in layers:
         first, second = samples[layer]
         vectors[layer] = (units[layer] @ (first.mean - second.mean)) * units[layer]
-        figures[layer] = _figures(recipe, estimates[layer], first, second)
-        if scored:
-            figures[layer] |= held_out(estimates[layer], refused[layer], answered[layer])
-        if scored and cosmic:
+        # The figures are of the estimate, where it was made.
+        source = chosen.layer if chosen else layer
+        figures[layer] = held_out(estimates[source], refused[source], answered[source])
+        if recipe.fit.bootstrap:
+            figures[layer]["spread"] = bootstrap_cosine(
+                estimates[source], *samples[source], recipe.fit.bootstrap, recipe.seed
+            )
+        if cosmic:
             figures[layer]["cosmic"] = cosmic.score(layer, vectors[layer].float())
     return Directions(vectors, _origin(recipe), figures)
-
-
-Estimate = Callable[[Samples, Samples], Tensor]
-Protect = Callable[[Tensor, Samples], Tensor]
 
 
 def _direction(choice: Fit, protect: Protect, refused: Samples, answered: Samples) -> Tensor:
@@ -89,10 +91,6 @@ def _direction(choice: Fit, protect: Protect, refused: Samples, answered: Sample
     direction = protect(ESTIMATORS[choice.estimator](refused, answered, choice), answered)
     length = direction.norm()
     return direction / length if length > NOTHING_LEFT else torch.zeros_like(direction)
-
-
-# Below this share of the estimate a protected direction is rounding.
-NOTHING_LEFT = 1e-6
 
 
 def _checked(
@@ -120,8 +118,8 @@ def _protection(choice: Fit, found: Activations, concepts: Activations, layer: i
         return lambda direction, _: direction
     if choice.protect == "null-space":
         kept = [found[role][layer].values for role in ("protected", "general")]
-        activations = torch.cat(kept).to(torch.float64)
-        return lambda direction, _: in_null_space(direction, activations, choice.protect_share)
+        axes = busiest(torch.cat(kept).to(torch.float64), choice.protect_share)
+        return lambda direction, _: in_null_space(direction, axes)
     protected = found["protected"][layer].samples.mean
     if choice.protect == "remove":
         return lambda direction, answered: without(
@@ -131,15 +129,6 @@ def _protection(choice: Fit, found: Activations, concepts: Activations, layer: i
     return lambda direction, answered: without_concepts(
         direction, torch.stack([mean - answered.mean for mean in means], 1), choice.protect_ridge
     )
-
-
-def _figures(
-    recipe: Recipe, estimate: Estimate, refused: Samples, answered: Samples
-) -> dict[str, float]:
-    if not recipe.fit.bootstrap:
-        return {}
-    resamples, seed = recipe.fit.bootstrap, recipe.seed
-    return {"spread": bootstrap_cosine(estimate, refused, answered, resamples, seed)}
 
 
 @dataclass(frozen=True)

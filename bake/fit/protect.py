@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["in_null_space", "without", "without_concepts"]
+__all__ = ["busiest", "in_null_space", "without", "without_concepts"]
 
 
 def without(direction: Tensor, protected: Tensor, strength: float = 1.0) -> Tensor:
@@ -11,7 +11,10 @@ def without(direction: Tensor, protected: Tensor, strength: float = 1.0) -> Tens
 
     Source: Wang et al. 2024 (arXiv:2410.03415), the partial λ of their `ortho_lambda`.
     """
-    return direction - strength * (direction @ protected) / (protected @ protected) * protected
+    square = protected @ protected
+    if not square > 0:
+        return direction
+    return direction - strength * (direction @ protected) / square * protected
 
 
 def without_concepts(direction: Tensor, concepts: Tensor, ridge: float) -> Tensor:
@@ -21,19 +24,26 @@ def without_concepts(direction: Tensor, concepts: Tensor, ridge: float) -> Tenso
     their squares. ρ → 0 removes their span; a larger ρ spares what a concept explains only
     together with many others. Source: SRA (arXiv:2601.08489), ridge residualisation.
     """
-    atoms = concepts / concepts.norm(dim=0)
+    atoms = concepts / concepts.norm(dim=0).clamp_min(torch.finfo(concepts.dtype).tiny)
     gram = atoms.T @ atoms + ridge * torch.eye(atoms.shape[1], dtype=atoms.dtype)
     explained: Tensor = atoms @ torch.linalg.solve(gram, atoms.T @ direction)
     return direction - explained
 
 
-def in_null_space(direction: Tensor, activations: Tensor, share: float) -> Tensor:
-    """P r [d], P onto the `share` of all d dimensions where the activations [n, d] are smallest.
+def busiest(activations: Tensor, share: float) -> Tensor:
+    """The axes [k, d] along which activations [n, d] are large: all but the `share` of smallest.
 
-    The dimensions are right singular vectors of the activations, about zero, as in
-    AlphaSteer (arXiv:2506.07022), where P stands in front of the steering of benign prompts.
+    They are right singular vectors, about zero; k is at most n and (1 - share) d.
     """
     width = activations.shape[1]
-    axes = torch.linalg.svd(activations, full_matrices=False).Vh
-    largest: Tensor = axes[: width - round(share * width)]
-    return direction - largest.T @ (largest @ direction)
+    axes: Tensor = torch.linalg.svd(activations, full_matrices=False).Vh
+    return axes[: width - round(share * width)]
+
+
+def in_null_space(direction: Tensor, axes: Tensor) -> Tensor:
+    """P r [d], P = I - UᵀU onto what is orthogonal to the busiest axes U [k, d].
+
+    Source: AlphaSteer (arXiv:2506.07022), where P, of benign prompts, stands in front of the
+    steering, so that these prompts are not steered.
+    """
+    return direction - axes.T @ (axes @ direction)

@@ -276,7 +276,7 @@ def _estimated(
     if scored or recipe.fit.estimator == "cosmic":
         refused, answered = conversations[recipe.fit.refused], conversations[recipe.fit.contrast]
         cosmic = CosmicScores(model, refused, answered, depth)
-    return estimated(recipe, observed, shields, layers, cosmic, scored)
+    return estimated(recipe, observed, shields, layers, cosmic)
 
 
 def _observed(
