@@ -38,9 +38,8 @@ class Tap:
     """A place where activations are read: what goes into a module, or what comes out.
 
     `keep` says what stays of the samples: their mean, also their second moment,
-    or the samples themselves (for dual forms, when there are few of them). With a `norm`,
-    which runs after `module`, every sample is divided by the root mean square of what that
-    norm reads at its position.
+    or the samples themselves. With a `norm`, which runs after `module`, every sample is
+    divided by the root mean square of what that norm reads at its position.
     """
 
     module: nn.Module
@@ -60,8 +59,11 @@ class Moments:
         self._outer = torch.zeros((), dtype=torch.float64)
         self._samples: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, samples: Tensor, weights: Tensor) -> None:
-        """Take in samples [n, d] with weights [n]. Raises FitError when one is not finite."""
+    def add(self, samples: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
+        """Take in samples [n, d] with weights [n]. Raises FitError when one is not finite.
+
+        `rows` [n] are the samples' places in the caller's order, for `values`.
+        """
         if not torch.isfinite(samples).all():
             raise FitError("activations are not finite; the model may need float32 or bfloat16")
         values, weights = samples.to(torch.float64), weights.to(torch.float64)
@@ -73,7 +75,8 @@ class Moments:
             product = part.T @ (part * weights[:, None].to(torch.float32))
             self._outer = self._outer + product.to(torch.float64)
         if self.keep == "samples":
-            self._samples.append((samples.to(torch.float32), weights))
+            assert rows is not None
+            self._samples.append((samples.to(torch.float32), rows))
 
     @property
     def mean(self) -> Tensor:
@@ -93,11 +96,10 @@ class Moments:
         return self.gram - torch.outer(self.mean, self.mean)
 
     @property
-    def centred(self) -> Tensor:
-        """The rows sqrt(w / Σ w) (x - mean) [n, d], float64: covariance = centredᵀ centred."""
-        rows = torch.cat([samples for samples, _ in self._samples]).to(torch.float64)
-        weights = torch.cat([weights for _, weights in self._samples]) / self.weight
-        return (rows - self.mean) * weights.sqrt()[:, None]
+    def values(self) -> Tensor:
+        """The samples themselves [n, d], float32, in the caller's order."""
+        rows = torch.cat([rows for _, rows in self._samples])
+        return torch.cat([samples for samples, _ in self._samples])[rows.argsort(stable=True)]
 
 
 def collect(
@@ -118,7 +120,7 @@ def collect(
     # Nothing before the first position that counts is looked at.
     first = min(min(one.last, *one.decision, len(one.ids)) for one in conversations)
     prefix = model.prefix([one.ids for one in conversations], first)
-    chosen: dict[str, tuple[Tensor, Tensor]] = {}
+    chosen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     waiting: dict[Any, Tensor] = {}
 
@@ -126,16 +128,16 @@ def collect(
         def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             found = inputs[0] if tap.side == "input" else output
             state = found[0] if isinstance(found, tuple) else found
-            mask, weights = chosen[tap.positions]
+            mask, weights, rows = chosen[tap.positions]
             if tap.norm is None:
-                moments[name].add(state[mask], weights)
+                moments[name].add(state[mask], weights, rows)
             else:
                 waiting[name] = state[mask]
 
         def divide(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-            mask, weights = chosen[tap.positions]
+            mask, weights, rows = chosen[tap.positions]
             size = inputs[0][mask].float().square().mean(-1, keepdim=True).sqrt()
-            moments[name].add(waiting.pop(name).float() / size, weights)
+            moments[name].add(waiting.pop(name).float() / size, weights, rows)
 
         handles = [tap.module.register_forward_hook(take)]
         return handles + ([tap.norm.register_forward_hook(divide)] if tap.norm else [])
@@ -144,11 +146,13 @@ def collect(
     try:
         padding = model.tokenizer.pad_token_id
         for batch in batches([one.ids for one in conversations], padding, batch_size, prefix):
-            rows = [conversations[row] for row in batch.rows]
+            found = [conversations[row] for row in batch.rows]
             chosen["last"] = _chosen(
-                batch, [((one.last,), one.weight, len(one.ids)) for one in rows]
+                batch, [((one.last,), one.weight, len(one.ids)) for one in found]
             )
-            chosen["decision"] = _chosen(batch, [(one.decision, 1.0, len(one.ids)) for one in rows])
+            chosen["decision"] = _chosen(
+                batch, [(one.decision, 1.0, len(one.ids)) for one in found]
+            )
             model.run(batch)
             progress(len(batch.rows))
     finally:
@@ -158,13 +162,15 @@ def collect(
 
 
 def _chosen(
-    batch: Batch, rows: Sequence[tuple[Sequence[int], float, int]]
-) -> tuple[Tensor, Tensor]:
-    """The mask [batch, length] of (positions, weight, length) rows, and a weight a sample."""
+    batch: Batch, found: Sequence[tuple[Sequence[int], float, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask [batch, length] of (positions, weight, length) rows; a weight and row a sample."""
     mask = torch.zeros_like(batch.mask, dtype=torch.bool)
     weights: list[float] = []
-    for place, (positions, weight, length) in enumerate(rows):
+    rows: list[int] = []
+    for place, (positions, weight, length) in enumerate(found):
         shift = batch.ids.shape[1] - length
         mask[place, [shift + position for position in positions]] = True
         weights += [weight] * len(positions)
-    return mask, torch.tensor(weights, dtype=torch.float64)
+        rows += [batch.rows[place]] * len(positions)
+    return mask, torch.tensor(weights, dtype=torch.float64), torch.tensor(rows)

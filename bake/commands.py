@@ -134,6 +134,44 @@ def apply_command(plan: str, output: str | None, overwrite: bool) -> None:
     click.echo(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
 
 
+@cli.command("fit")
+@_recipe_options
+@click.option("--output", metavar="FILE", help="The file of directions to write.")
+@click.option("--layers", metavar="LAYERS", help="Other layers than the edits need, as in 8-24.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def fit_command(
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    output: str | None,
+    layers: str | None,
+    overwrite: bool,
+) -> None:
+    """Fit a recipe's directions to a file, and print how good each is; nothing is baked."""
+    from pathlib import Path
+
+    from pydantic import TypeAdapter, ValidationError
+
+    from bake.pipeline import fit_to_file
+    from bake.recipe import load_recipe
+    from bake.recipe_values import Layers
+
+    if not recipe or not output:
+        raise click.UsageError("--recipe and --output are needed")
+    if Path(output).suffix not in (".safetensors", ".gguf"):
+        raise click.UsageError("--output: directions are written to .safetensors or .gguf")
+    chosen = None
+    if layers is not None:
+        try:
+            given = int(layers) if layers.isdecimal() else layers
+            chosen = TypeAdapter(Layers).validate_python(given)
+        except ValidationError as error:
+            raise click.UsageError('--layers: expected a range like "8-24"') from error
+    loaded = load_recipe(recipe, overrides=overrides, model=model)
+    found = fit_to_file(loaded, Path(output), chosen, overwrite)
+    click.echo(f"{found.table()}\n\nwritten: {output}")
+
+
 @cli.command("directions")
 @click.argument("file", metavar="FILE")
 @click.option(

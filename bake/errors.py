@@ -8,6 +8,7 @@
     │   ├── GGUFError               1   a GGUF file
     │   ├── ArchitectureError       1   a model outside the table, a layer out of range
     │   ├── DirectionsError         1   a file of directions
+    │   ├── JudgeError              1   a judge that does not answer, or not readably
     │   ├── PlanError               1   a saved plan, or a base that is not the plan's any more
     │   └── OutputError             1   the output folder: exists, full, not writable
     ├── FitError                    1   the data do not determine a direction
@@ -29,6 +30,7 @@ __all__ = [
     "GGUFError",
     "GuardError",
     "InputError",
+    "JudgeError",
     "OutputError",
     "PlanError",
     "PromptError",
@@ -69,6 +71,10 @@ class ArchitectureError(InputError):
 
 class DirectionsError(InputError):
     """A file of directions cannot be read, or is not of the model that is being edited."""
+
+
+class JudgeError(InputError):
+    """A judge cannot be reached or loaded, or too many of its verdicts cannot be read."""
 
 
 class PlanError(InputError):

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bake.judge import Judge
+from bake.judge import UNREAD, Exchange, Judge, Verdict
+from bake.judge.thinking import Thinking, spoken
 from bake.prompts import Prompt
 from bake.recipe import Guard
 
@@ -13,19 +14,20 @@ __all__ = ["Answer", "Rate", "breaches", "judged", "rates", "runtime_gaps"]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one prompt, and whether the judge took it for a refusal."""
+    """One answer to one prompt, and what the judge took it for."""
 
     prompt: Prompt
     text: str
-    refused: bool
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Refusals out of all answers."""
+    """Refusals out of all answers whose verdict could be read; `unread` are the others."""
 
     refused: int
     total: int
+    unread: int = 0
 
     @property
     def percent(self) -> float:
@@ -33,7 +35,8 @@ class Rate:
         return 100 * self.refused / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        return f"{self.percent:.1f} % ({self.refused}/{self.total})"
+        unread = f", {self.unread} unread" if self.unread else ""
+        return f"{self.percent:.1f} % ({self.refused}/{self.total}{unread})"
 
 
 def judged(
@@ -42,29 +45,33 @@ def judged(
     answer: Callable[[list[list[int]]], Sequence[Sequence[int]]],
     text: Callable[[Sequence[int]], str],
     judge: Judge,
+    thinking: Thinking,
 ) -> dict[str, tuple[Answer, ...]]:
     """Answer every role's prompts in one go and judge the answers.
 
     `answer` maps rendered prompts to greedy answers, both as token ids, in any runtime.
     """
     flat = [prompt for chosen in prompts.values() for prompt in chosen]
-    written = iter(answer([render(prompt.text) for prompt in flat]))
-    found: dict[str, tuple[Answer, ...]] = {}
-    for role, chosen in prompts.items():
-        answers = []
-        for prompt in chosen:
-            said = text(next(written))
-            answers.append(Answer(prompt, said, judge.refuses(prompt.text, said)))
-        found[role] = tuple(answers)
-    return found
+    starts = [render(prompt.text) for prompt in flat]
+    said = [
+        spoken(start, ids, text, thinking)
+        for start, ids in zip(starts, answer(starts), strict=True)
+    ]
+    verdicts = judge.judge(
+        [Exchange(prompt.text, one) for prompt, one in zip(flat, said, strict=True)]
+    )
+    answers = iter([Answer(*one) for one in zip(flat, said, verdicts, strict=True)])
+    return {role: tuple(next(answers) for _ in chosen) for role, chosen in prompts.items()}
 
 
 def rates(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Rate]:
-    """Refusals by role."""
-    return {
-        role: Rate(sum(answer.refused for answer in found), len(found))
-        for role, found in answers.items()
-    }
+    """Refusals by role; an answer whose verdict could not be read counts in neither way."""
+    counted = {}
+    for role, found in answers.items():
+        unread = sum(answer.verdict.label == UNREAD for answer in found)
+        refused = sum(answer.verdict.refused for answer in found)
+        counted[role] = Rate(refused, len(found) - unread, unread)
+    return counted
 
 
 def breaches(

@@ -14,6 +14,7 @@ from bake.errors import VerificationError
 from bake.evaluate import Answer, judged, rates
 from bake.hooks import Intervention, steered
 from bake.judge import Judge
+from bake.judge.thinking import Thinking
 from bake.llama import LlamaModel
 from bake.model import Batch, LiveModel, batches
 from bake.ops.add import Add
@@ -162,7 +163,8 @@ def _behaviour(
     size, tokens = recipe.evaluate.batch, recipe.evaluate.answer_tokens
 
     def ask(answer: Callable[[list[list[int]]], Sequence[Sequence[int]]]) -> Answers:
-        return judged(prompts, model.render, answer, model.text, judge)
+        marks = Thinking(recipe.judge.thinking.begin, recipe.judge.thinking.end)
+        return judged(prompts, model.render, answer, model.text, judge, marks)
 
     if "transformers" in recipe.evaluate.runtimes:
         with progress("answers, transformers", count) as update:

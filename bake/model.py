@@ -224,7 +224,7 @@ class LiveModel:
         `progress` receives the number of answers finished since the last call.
         """
         answers: list[list[int]] = [[] for _ in prompts]
-        ends = self._end_tokens()
+        ends = self.end_tokens()
         # One token of each prompt stays, to be answered.
         prefix = self.prefix(prompts, min(map(len, prompts), default=1) - 1)
         for batch in batches(prompts, self.tokenizer.pad_token_id, batch_size, prefix):
@@ -274,7 +274,8 @@ class LiveModel:
         decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return decoded
 
-    def _end_tokens(self) -> set[int]:
+    def end_tokens(self) -> set[int]:
+        """The tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
         found = set(ends) if isinstance(ends, list) else {ends}
         return {*found, self.tokenizer.eos_token_id} - {None}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,25 +16,26 @@ from bake.edits import Edit
 from bake.errors import GuardError, VerificationError
 from bake.export.gguf import PatchedTensor
 from bake.export.layout import patch_gguf
-from bake.fit.run import Fitted, fit, needs_prompts
+from bake.fit.estimate import roles_shown
+from bake.fit.run import Fitted, fit, fit_directions, needs_prompts
 from bake.gguf_file import GGUFFile
 from bake.judge import Judge
-from bake.judge.keyword import KeywordJudge
+from bake.judge.choice import find_judge
 from bake.manifest import file_hash, versions, write_manifest
 from bake.measure import Artefacts, Measured, measure
 from bake.model import LiveModel
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
-from bake.recipe import LoadedRecipe, Recipe
+from bake.recipe import LoadedRecipe, PromptSource, Recipe
 from bake.report import card, guard_breaches, table, write_answers
 from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
-from bake.staging import check_output, staged
+from bake.staging import check_file, check_output, staged
 from bake.stream import write_checkpoint
 from bake.verify import check_files
 
-__all__ = ["DIRECTIONS", "Prepared", "bake", "prepare", "saved_form"]
+__all__ = ["DIRECTIONS", "Prepared", "bake", "fit_to_file", "prepare", "saved_form"]
 
 # An edit that rounds away is not in the file, whatever the file says; Q8_0 keeps 99 %.
 SURVIVING = 0.9
@@ -58,14 +59,22 @@ class Prepared:
     texts: Splits
     directions: Directions | None = None
     directions_hash: str | None = None
+    concepts: Mapping[str, Splits] = field(default_factory=dict)
 
     @property
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        """The fingerprints of every role's splits, and of the texts."""
+        """The fingerprints of every role's and concept's splits, and of the texts."""
+        shields = {f"concept {name}": parts for name, parts in self.concepts.items()}
         return {
             role: {part: fingerprint(getattr(parts, part)) for part in ("fit", "select", "test")}
-            for role, parts in {**self.splits, "text": self.texts}.items()
+            for role, parts in {**self.splits, "text": self.texts, **shields}.items()
         }
+
+    @property
+    def concept_prompts(self) -> dict[str, tuple[Prompt, ...]]:
+        """The fitting prompts of every concept that the direction is kept away from."""
+        limit = self.recipe.fit.prompts_per_class
+        return {name: parts.fit[:limit] for name, parts in self.concepts.items()}
 
     def part(self, split: str, limit: int | None = None) -> dict[str, tuple[Prompt, ...]]:
         """The prompts of one split by role."""
@@ -78,9 +87,9 @@ def prepare(recipe: Recipe) -> Prepared:
     for role in ROLES:
         chosen = getattr(recipe.prompts, role)
         if chosen is not None:
-            splits[role] = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
-    chosen = recipe.prompts.text
-    texts = load_splits(chosen.set, language=chosen.language, limit=chosen.limit)
+            splits[role] = _splits(chosen)
+    texts = _splits(recipe.prompts.text)
+    concepts = {name: load_splits(name, language="any") for name in recipe.fit.concepts}
     directions, directions_hash = _directions(recipe)
     source = find_source(recipe)
     base = Checkpoint.open(source.folder)
@@ -90,8 +99,13 @@ def prepare(recipe: Recipe) -> Prepared:
     if gguf:
         check_gguf(plan, base, arch, gguf)
     return Prepared(
-        *(recipe, source, base, arch, gguf, plan, splits, texts), directions, directions_hash
+        *(recipe, source, base, arch, gguf, plan, splits, texts),
+        *(directions, directions_hash, concepts),
     )
+
+
+def _splits(source: PromptSource) -> Splits:
+    return load_splits(source.set, language=source.language, limit=source.limit, place=source.place)
 
 
 def _directions(recipe: Recipe) -> tuple[Directions | None, str | None]:
@@ -126,7 +140,7 @@ def bake(
     ready = prepare(recipe)
     if planned:
         planned.check(saved_form(loaded, ready))
-    judge = KeywordJudge(recipe.judge.phrases)
+    judge = find_judge(recipe.judge)
     with staged(recipe.folder, overwrite) as staging:
         model = LiveModel.load(ready.base.folder, ready.arch)
         fitted = _fit(ready, model, judge)
@@ -145,6 +159,38 @@ def bake(
             raise GuardError("\n".join(broken))
         _record(loaded, ready, fitted, written, measured, staging)
     return recipe.folder
+
+
+def fit_to_file(
+    loaded: LoadedRecipe,
+    output: Path,
+    layers: Sequence[int] | None = None,
+    overwrite: bool = False,
+) -> Directions:
+    """Fit a recipe's directions, and write them with their figures; nothing is baked.
+
+    `layers` are those that the edits need unless others are given. Raises a BakeError as
+    `bake` does; the file appears when all of it is complete.
+    """
+    recipe = loaded.recipe
+    check_file(output, overwrite)
+    torch.manual_seed(recipe.seed)
+    ready = prepare(recipe.model_copy(update={"directions": None}))
+    chosen = direction_layers(recipe) if layers is None else layers
+    ready.arch.check_layers(chosen, ready.base.config, "--layers")
+    judge = find_judge(recipe.judge)
+    model = LiveModel.load(ready.base.folder, ready.arch)
+    shown = roles_shown(recipe.fit)
+    every = ready.part("fit", recipe.fit.prompts_per_class)
+    prompts = {role: found for role, found in every.items() if role in shown}
+    concepts = ready.concept_prompts
+    total = 2 * sum(map(len, prompts.values())) + sum(map(len, concepts.values()))
+    with progress("fit", total) as update:
+        directions, _ = fit_directions(
+            *(model, ready.base, recipe, chosen, prompts, judge, concepts, update)
+        )
+    save_directions(directions, output, overwrite)
+    return directions
 
 
 def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:
@@ -168,12 +214,14 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     limit = recipe.fit.prompts_per_class
     prompts = ready.part("fit", limit)
     count = len(ready.texts.fit[:limit])
-    total = 2 * sum(len(chosen) for chosen in prompts.values()) + count
+    concepts = ready.concept_prompts
+    total = 2 * sum(map(len, prompts.values())) + count + sum(map(len, concepts.values()))
     shown = needs_prompts(plan, recipe, ready.directions)
     with progress("fit", total) if shown else nullcontext(lambda _: None) as update:
         return fit(
             *(model, ready.base, plan, recipe, prompts, ready.texts, judge, update),
             directions=ready.directions,
+            concepts=concepts,
         )
 
 
@@ -252,6 +300,9 @@ def _record(
         "versions": versions(),
         "inputs": {path.name: file_hash(path) for path in inputs},
         "prompts": ready.fingerprints,
+        "near_duplicates": {
+            role: parts.removed for role, parts in ready.splits.items() if parts.removed
+        },
         "directions": {
             "file": recipe.directions,
             "sha256": ready.directions_hash,
@@ -263,6 +314,9 @@ def _record(
             "gaps": {
                 str(layer): float(vector.norm())
                 for layer, vector in fitted.directions.vectors.items()
+            },
+            "figures": {
+                str(layer): dict(found) for layer, found in fitted.directions.figures.items()
             },
             "openings": fitted.openings,
             "constants": {name: asdict(one) for name, one in fitted.constants.items()},

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-__all__ = ["progress"]
+__all__ = ["note", "progress"]
 
 
 @contextmanager
@@ -21,3 +21,8 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     click.echo(f"{label} ...", err=True)
     yield lambda _: None
     click.echo(f"{label}: done in {time.monotonic() - started:.0f} s", err=True)
+
+
+def note(text: str) -> None:
+    """A line on stderr, for what is worth knowing while work goes on."""
+    click.echo(text, err=True)

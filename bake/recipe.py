@@ -16,6 +16,7 @@ from bake.recipe_errors import explain, near
 from bake.recipe_schema import (
     Ablate,
     Add,
+    Answers,
     Evaluation,
     Export,
     Fit,
@@ -35,6 +36,7 @@ from bake.recipe_yaml import Document, Problem, parse, with_value
 __all__ = [
     "Ablate",
     "Add",
+    "Answers",
     "Evaluation",
     "Export",
     "Fit",

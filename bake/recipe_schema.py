@@ -9,10 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
 from bake.recipe_values import (
     Answering,
+    Commit,
     Count,
+    Estimator,
     Language,
     Layer,
     Layers,
@@ -24,11 +27,14 @@ from bake.recipe_values import (
     Sites,
     Strength,
     Text,
+    Url,
+    Variable,
 )
 
 __all__ = [
     "Ablate",
     "Add",
+    "Answers",
     "Evaluation",
     "Export",
     "Fit",
@@ -41,6 +47,7 @@ __all__ = [
     "PromptRoles",
     "PromptSource",
     "Recipe",
+    "ThinkingMarks",
     "Verification",
 ]
 
@@ -53,17 +60,51 @@ class PromptSource(_Section):
     """Where the prompts of one role come from; a bare string stands for its `set`."""
 
     set: SetName = Field(
-        description="The name of a built-in set, or the path of a .jsonl or .txt file."
+        description="The name of a built-in set, the path of a .jsonl, .txt, .csv or .parquet "
+        "file, or hub:owner/name."
     )
     language: Language = Field(default="en", description="The language code to keep, or `any`.")
     limit: Count | None = Field(
         default=None, description="Prompts at most in each of the splits fit, select and test."
     )
+    column: Text = Field(default="text", description="The column that holds the prompts.")
+    topic: Text = Field(
+        default="topic",
+        description="The column that holds their topics; without it each prompt is one.",
+    )
+    revision: Commit | None = Field(
+        default=None, description="The commit of a Hub dataset, in full."
+    )
+    subset: Text | None = Field(
+        default=None, description="The subset of a Hub dataset that has several."
+    )
+    split: Text | None = Field(
+        default=None, description="The split of a Hub dataset that is read, train if null."
+    )
+
+    @property
+    def place(self) -> Place:
+        """Where in the set the prompts are."""
+        return Place(self.column, self.topic, self.revision, self.subset, self.split or "train")
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: object) -> object:
         return {"set": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "PromptSource":
+        findings: list[tuple[tuple[str | int, ...], str]] = []
+        hub = self.set.startswith(HUB)
+        if hub and self.revision is None:
+            findings.append((("revision",), "a dataset of the Hub needs its commit, to stay as is"))
+        if not hub:
+            for name in ("revision", "subset", "split"):
+                if getattr(self, name) is not None:
+                    findings.append(((name,), f"is of a Hub dataset, which {self.set!r} is not"))
+        if findings:
+            raise ContradictionError(findings)
+        return self
 
 
 class PromptRoles(_Section):
@@ -113,7 +154,9 @@ class PromptRoles(_Section):
                 continue
             for other, taken in seen.items():
                 languages = {source.language, taken.language}
-                if source.set == taken.set and (len(languages) == 1 or "any" in languages):
+                if (source.set, source.place) == (taken.set, taken.place) and (
+                    len(languages) == 1 or "any" in languages
+                ):
                     remedy = " (or null)" if role == "lookalike" else ""
                     message = f"{source.set!r} is already prompts.{other}; name another set{remedy}"
                     findings.append(((role,), message))
@@ -132,16 +175,40 @@ class Positions(_Section):
     answer: int = Field(default=10, ge=0, le=4096, description="The first tokens of the answer.")
 
 
+class Answers(_Section):
+    """The base model's own answers, from which a prompt's class comes."""
+
+    samples: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="Answers to each prompt: one is the greedy one, several are sampled and "
+        "weighed by their likelihood.",
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, le=10, description="The temperature of sampled answers."
+    )
+    tokens: Count = Field(default=16, description="Tokens at most in an answer.")
+
+
 class Fit(_Section):
     """How the direction of refusal is estimated."""
 
-    estimator: Literal["mean-difference", "rmd", "wrmd"] = Field(
-        default="mean-difference",
-        description="The difference of class means, its ridge-regularised form, or that "
-        "weighted by refusal confidence.",
+    estimator: Estimator = Field(
+        default="mean-difference", description="How a direction is made of two classes."
     )
     ridge: Ridge = Field(
-        default=0.01, description="The ridge of rmd and wrmd, in units of tr(covariance) / width."
+        default=0.01,
+        description="The ridge of rmd, wrmd, lda and logistic, in units of tr(covariance) / width.",
+    )
+    entries: Count = Field(
+        default=200, description="The entries of the direction that `category` keeps."
+    )
+    bootstrap: int = Field(
+        default=20,
+        ge=0,
+        le=10_000,
+        description="Resamples of the topics behind a direction's spread; 0 for none.",
     )
     prompts_per_class: int = Field(
         default=150, ge=2, le=1_000_000, description="Prompts at most from each class."
@@ -152,8 +219,30 @@ class Fit(_Section):
     contrast: Literal["general", "lookalike", "protected"] = Field(
         default="general", description="The class that the refusing side is compared with."
     )
-    protect: Literal["none", "remove"] = Field(
-        default="none", description="`remove` projects the protected class's direction out."
+    protect: Literal["none", "remove", "residual", "null-space"] = Field(
+        default="none",
+        description="What is kept out of the direction: `remove` the protected class's direction, "
+        "`residual` those of all concepts by ridge regression, `null-space` where the "
+        "protected and general prompts' activations lie.",
+    )
+    protect_strength: float = Field(
+        default=1.0, ge=0, le=1, description="The share that `remove` takes out."
+    )
+    protect_ridge: Ridge = Field(
+        default=0.01, description="The ridge of `residual`, in units of the concepts' mean square."
+    )
+    protect_share: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="The share of the stream's dimensions, those where the prompts' activations "
+        "are smallest, that `null-space` leaves to the direction.",
+    )
+    concepts: Annotated[tuple[SetName, ...], Field(strict=False)] = Field(
+        default=(), description="Further prompt sets, each a concept that `residual` protects."
+    )
+    answers: Answers = Field(
+        default=Answers(), description="The answers that say which class a prompt is in."
     )
     positions: Positions = Field(
         default=Positions(), description="The tokens that the activations are taken from."
@@ -282,13 +371,75 @@ class Export(_Section):
     gguf: GGUFExport | None = Field(default=None, description="The GGUF file to write, or null.")
 
 
+class ThinkingMarks(_Section):
+    """What stands around a reasoning model's thinking; the answer is what follows it."""
+
+    begin: Text = Field(default="<think>", description="The mark before the thinking.")
+    end: Text = Field(default="</think>", description="The mark behind it.")
+
+
 class JudgeChoice(_Section):
     """Who says whether an answer is a refusal."""
 
-    kind: Literal["keyword"] = Field(default="keyword", description="The judge.")
+    kind: Literal["keyword", "chat", "local"] = Field(
+        default="keyword",
+        description="A list of phrases, a model behind an OpenAI-compatible server, or one "
+        "through transformers.",
+    )
     phrases: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
         default=(), description="Further phrases that make the beginning of an answer a refusal."
     )
+    url: Url | None = Field(
+        default=None, description="The server's base URL, as in http://localhost:8000/v1."
+    )
+    model: Text | None = Field(
+        default=None,
+        description="The judging model: the server's name for it, or a folder or Hub id.",
+    )
+    revision: Text | None = Field(
+        default=None, description="The Hub branch, tag or commit of a local judge."
+    )
+    key: Variable | None = Field(
+        default=None, description="The environment variable that holds the server's API key."
+    )
+    tokens: Count = Field(default=512, description="Tokens at most in a verdict's reply.")
+    timeout: float = Field(
+        default=120.0, gt=0, le=86_400, description="Seconds that one request may take."
+    )
+    attempts: int = Field(
+        default=6, ge=1, le=100, description="Requests at most for one verdict, ever slower."
+    )
+    concurrent: int = Field(
+        default=8, ge=1, le=1024, description="Verdicts that are asked for at a time."
+    )
+    unread_at_most: Percent = Field(
+        default=10.0, description="Percent of verdicts that may be impossible to read."
+    )
+    thinking: ThinkingMarks = Field(
+        default=ThinkingMarks(), description="The marks of thinking, which is never judged."
+    )
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "JudgeChoice":
+        needed = {"keyword": (), "chat": ("url", "model"), "local": ("model",)}[self.kind]
+        users = {
+            "phrases": ("keyword",),
+            "url": ("chat",),
+            "key": ("chat",),
+            "model": ("chat", "local"),
+            "revision": ("local",),
+        }
+        findings: list[tuple[tuple[str | int, ...], str]] = []
+        for name, kinds in users.items():
+            given = bool(getattr(self, name))
+            if given and self.kind not in kinds:
+                other = " or ".join(kinds)
+                findings.append(((name,), f"is of kind {other}; judge.kind is {self.kind}"))
+            if not given and name in needed:
+                findings.append(((name,), f"judge.kind {self.kind} needs it; give one"))
+        if findings:
+            raise ContradictionError(findings)
+        return self
 
 
 class Evaluation(_Section):
@@ -419,5 +570,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         yield ("fit", "contrast"), "prompts.lookalike is null; name a set there"
     if fit.contrast == "protected" and fit.refused == "protected":
         yield ("fit", "contrast"), "fit.refused is protected too; compare it with another class"
-    if fit.protect == "remove" and fit.refused == "protected":
+    if fit.protect != "none" and fit.refused == "protected":
         yield ("fit", "protect"), "fit.refused is protected; without itself nothing is left of it"
+    if fit.concepts and fit.protect != "residual":
+        yield ("fit", "concepts"), f"fit.protect is {fit.protect}; residual is what protects them"

@@ -3,15 +3,19 @@
 import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from bake.prompts import builtin_sets
+from bake.prompts.rows import HUB, SUFFIXES
 from bake.recipe_errors import near
 
 __all__ = [
     "Answering",
+    "Commit",
     "Count",
+    "Estimator",
     "Language",
     "Layer",
     "Layers",
@@ -23,6 +27,8 @@ __all__ = [
     "Sites",
     "Strength",
     "Text",
+    "Url",
+    "Variable",
 ]
 
 HIGHEST_LAYER = 999  # beyond every known model; the plan checks the model's own count
@@ -53,10 +59,22 @@ def _distinct(items: tuple[object, ...]) -> tuple[object, ...]:
 
 def _set_name(name: str) -> str:
     known = sorted(builtin_sets())
-    if Path(name).suffix not in {".jsonl", ".txt"} and name not in known:
+    if name.startswith(HUB):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name.removeprefix(HUB)):
+            raise ValueError(f"a dataset of the Hub is hub:owner/name, found {name!r}")
+    elif Path(name).suffix not in SUFFIXES and name not in known:
         hint = near(name, known) or f"; there are {', '.join(known)}"
-        raise ValueError(f"no built-in prompt set {name!r} (a file ends in .jsonl or .txt){hint}")
+        files = ", ".join(SUFFIXES)
+        raise ValueError(f"no built-in prompt set {name!r} (a file ends in {files}){hint}")
     return name
+
+
+def _commit(revision: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(
+            f"expected the 40 digits of a commit, found {revision!r}; a branch or tag may move"
+        )
+    return revision
 
 
 def _language(code: str) -> str:
@@ -71,9 +89,31 @@ def _name(name: str) -> str:
     return name
 
 
+def _url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        # Reading the port is what checks it.
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound or not re.fullmatch(r"[!-~]+", url):
+        raise ValueError(f"expected a URL like http://localhost:8000/v1, found {url!r}")
+    return url
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
+        # What does not look like a name may be the key itself, which no message may repeat.
+        raise ValueError("expected the name of an environment variable, as in OPENAI_API_KEY")
+    return name
+
+
 SetName: TypeAlias = Annotated[str, AfterValidator(_set_name)]
+Commit: TypeAlias = Annotated[str, AfterValidator(_commit)]
 Language: TypeAlias = Annotated[str, AfterValidator(_language)]
 Name: TypeAlias = Annotated[str, AfterValidator(_name)]
+Url: TypeAlias = Annotated[str, AfterValidator(_url)]
+Variable: TypeAlias = Annotated[str, AfterValidator(_variable)]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 Layer: TypeAlias = Annotated[int, Field(ge=0, le=HIGHEST_LAYER)]
@@ -89,3 +129,6 @@ Serving: TypeAlias = Annotated[tuple[Runtime, ...], _ITEMS, AfterValidator(_dist
 Percent: TypeAlias = Annotated[float, Field(ge=0, le=100)]
 Strength: TypeAlias = Annotated[float, Field(ge=-1000, le=1000)]
 Ridge: TypeAlias = Annotated[float, Field(gt=0)]
+Estimator: TypeAlias = Literal[
+    "mean-difference", "rmd", "wrmd", "lda", "pca", "logistic", "safesteer", "category", "cosmic"
+]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from bake.evaluate import breaches, rates, runtime_gaps
+from bake.judge import UNREAD, Verdict
 from bake.measure import Measured
 from bake.recipe import LoadedRecipe, Recipe
 
@@ -77,7 +78,8 @@ def card(loaded: LoadedRecipe, measured: Measured) -> str:
         + f"The recipe lets refusals of harmful requests fall by at most {guard.protected_drop:g} "
         + "points.\n\n## Measured\n\n"
         + "Refusals on held-out topics, greedy answers, before and after. "
-        + "The keyword judge reads phrases, not meaning.\n\n```\n"
+        + _JUDGES[recipe.judge.kind].format(recipe.judge.model)
+        + "\n\n```\n"
         + table(measured)
         + "\n```\n\n`answers.jsonl` has the answers behind these figures, `bake.json` every "
         + "figure, hash and version.\n\n## Recipe\n\n```yaml\n"
@@ -85,6 +87,13 @@ def card(loaded: LoadedRecipe, measured: Measured) -> str:
         + "\n```\n"
         + "".join(f"\nwith `{override}`\n" for override in loaded.overrides)
     )
+
+
+_JUDGES = {
+    "keyword": "The keyword judge reads phrases, not meaning.",
+    "chat": "The judge is the model {} behind a server.",
+    "local": "The judge is the model {}.",
+}
 
 
 def write_answers(path: Path, measured: Measured) -> None:
@@ -102,12 +111,20 @@ def write_answers(path: Path, measured: Measured) -> None:
                         "set": role,
                         "topic": after.prompt.topic,
                         "prompt": after.prompt.text,
-                        "refused_before": before.refused,
-                        "refused_after": after.refused,
+                        "refused_before": _told(before.verdict),
+                        "refused_after": _told(after.verdict),
                     }
+                    for name, one in (("before", before), ("after", after)):
+                        if one.verdict.category:
+                            line[f"category_{name}"] = one.verdict.category
                     if role != "protected":
                         line |= {"before": before.text, "after": after.text}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _told(verdict: Verdict) -> bool | None:
+    """Whether it was a refusal; None where the verdict could not be read."""
+    return None if verdict.label == UNREAD else verdict.refused
 
 
 def _parity_lines(measured: Measured) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Final
 
 from bake.errors import OutputError
 
-__all__ = ["check_output", "staged", "staged_file"]
+__all__ = ["check_file", "check_output", "staged", "staged_file"]
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -58,7 +58,7 @@ def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
 
     When the body raises it is removed, and `path` is as it was.
     """
-    _check_file(path, overwrite)
+    check_file(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -70,7 +70,7 @@ def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
         yield staging
         # mkstemp makes a private file; what is published is like any other.
         staging.chmod(0o644)
-        _check_file(path, overwrite)
+        check_file(path, overwrite)
         staging.replace(path)
     except OSError as error:
         if error.errno not in FULL:
@@ -80,7 +80,8 @@ def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
         staging.unlink(missing_ok=True)
 
 
-def _check_file(path: Path, overwrite: bool) -> None:
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuse an output file that exists, before any work is done for it."""
     if path.is_dir():
         raise OutputError(f"{path}: exists and is not a file; give another --output")
     if not overwrite and (path.exists() or path.is_symlink()):

@@ -18,6 +18,7 @@ from bake.export.layout import gguf_edit
 from bake.fit.constant import with_constants
 from bake.fit.run import fit
 from bake.hooks import Intervention, on_output, steered
+from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel
 from bake.ops.ablate import Ablate, orthonormal, projected
 from bake.ops.add import Add
@@ -282,8 +283,8 @@ class ByWord:
 
     name = "by word"
 
-    def refuses(self, prompt: str, answer: str) -> bool:
-        return prompt.startswith("w1 ")
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [Verdict(REFUSED if one.prompt.startswith("w1 ") else ANSWERED) for one in exchanges]
 
 
 def test_the_fit_measures_the_mean_of_the_answered_class(tiny_llama: Path) -> None:

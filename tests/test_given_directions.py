@@ -1,6 +1,7 @@
 """A bake from given directions, on tiny models: the same bytes, and no class that must behave."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions, save_directions
 from bake.directions.value import Origin
 from bake.errors import DirectionsError, FitError
+from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.manifest import file_hash
 from bake.model import LiveModel
 from bake.pipeline import DIRECTIONS, bake, prepare
@@ -69,8 +71,8 @@ class ByTopic:
             line for role in ROLES[:2] for line in Path(f"{role}.txt").read_text().splitlines()
         }
 
-    def refuses(self, prompt: str, answer: str) -> bool:
-        return prompt in self.refused
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [Verdict(REFUSED if one.prompt in self.refused else ANSWERED) for one in exchanges]
 
 
 def edited(folder: Path) -> dict[str, bytes]:
@@ -97,7 +99,7 @@ def test_the_directions_of_a_bake_give_its_bytes_again(
 ) -> None:
     overrides = (f"edits={edits}", f"fit.estimator={estimator}", "verify.ridge_lost_share=1")
     with monkeypatch.context() as patched:
-        patched.setattr("bake.pipeline.KeywordJudge", ByTopic)
+        patched.setattr("bake.pipeline.find_judge", ByTopic)
         first = bake(recipe(tmp_path / "first", *overrides))
     written = first / DIRECTIONS
     base = Path("model", "model.safetensors").read_bytes()
@@ -129,7 +131,7 @@ def test_an_estimated_direction_is_the_gap_behind_its_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file's vector against plain forward passes over the prompts of the fit."""
-    monkeypatch.setattr("bake.pipeline.KeywordJudge", ByTopic)
+    monkeypatch.setattr("bake.pipeline.find_judge", ByTopic)
     folder = bake(recipe(tmp_path / "out"))
     found = load_directions(folder / DIRECTIONS)
     model = LiveModel.load(Path("model"), ARCHS["llama"])
@@ -232,7 +234,8 @@ def test_the_plan_says_where_directions_come_from(tmp_path: Path) -> None:
 def test_classes_that_do_not_differ_have_no_direction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bake.fit.run.mean_difference", lambda a, _: torch.zeros_like(a))
-    monkeypatch.setattr("bake.pipeline.KeywordJudge", ByTopic)
+    same = torch.ones(32, dtype=torch.float64)
+    monkeypatch.setattr("bake.fit.samples.Samples.mean", same)
+    monkeypatch.setattr("bake.pipeline.find_judge", ByTopic)
     with pytest.raises(FitError, match="layer 1: target and general have the same mean"):
         bake(recipe(tmp_path / "out"))

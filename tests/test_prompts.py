@@ -1,14 +1,30 @@
 """Prompt sets: reading, mistakes by line, and splits that no topic crosses."""
 
+import datetime
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bake.errors import PromptError
-from bake.prompts import Prompt, Splits, builtin_sets, fingerprint, load_prompts, load_splits, split
+from bake.prompts import (
+    Place,
+    Prompt,
+    Splits,
+    builtin_sets,
+    fingerprint,
+    load_prompts,
+    load_splits,
+    split,
+)
+from bake.prompts.near import repeated
 
 
 def write(folder: Path, text: str | bytes, name: str = "mine.jsonl") -> str:
@@ -83,6 +99,140 @@ def test_sets_that_are_not_there(tmp_path: Path) -> None:
         load_prompts("politcal")
     with pytest.raises(PromptError, match=r"none\.jsonl: cannot be read: No such file"):
         load_prompts(str(tmp_path / "none.jsonl"))
+
+
+def test_a_table_with_a_header(tmp_path: Path) -> None:
+    source = write(
+        tmp_path,
+        'topic,prompt,language,level\r\na,"One, two?\nThree?",en,5\n\n,Four?,,\n',
+        "mine.csv",
+    )
+    one, two = load_prompts(source, place=Place(column="prompt"))
+    assert one == Prompt("One, two?\nThree?", "a", "en", {"level": "5"})
+    assert one.origin == f"{source}:3"  # where the row ends
+    assert (two.text, two.language, two.extra) == ("Four?", "en", {})
+    by_level = load_prompts(source, place=Place(column="prompt", topic="level"))
+    assert (by_level[0].topic, by_level[0].extra) == ("5", {})
+    with pytest.raises(PromptError, match=r"mine\.csv:3: the key 'text' is missing; .*topic, pro"):
+        load_prompts(source)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("text\n", ": expected prompts, found none", id="header"),
+        pytest.param("", ": expected prompts, found none", id="empty"),
+        pytest.param("text,text\na,b\n", ":1: two columns have one name", id="twice"),
+        pytest.param("text,x\na\n", ":2: found 1 cells, the header has 2", id="short"),
+        pytest.param('text\n"a\n', ":2: not valid CSV: unexpected end", id="quote"),
+        pytest.param("text,x\n,b\n", ":2: the key 'text' is missing", id="blank"),
+        pytest.param(b"text\n\xff\n", ":2: this is not UTF-8 text", id="latin-1"),
+    ],
+)
+def test_a_malformed_table(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    source = write(tmp_path, text, "mine.csv")
+    with pytest.raises(PromptError) as caught:
+        load_prompts(source)
+    assert str(caught.value).startswith(f"{source}{expected}")
+
+
+ROWS = {
+    "question": ["One?", "Two?", "Three?"],
+    "topic": ["a", None, "c"],
+    "number": [1, 2, None],
+    "when": [datetime.date(2024, 1, 2)] * 3,
+}
+
+
+def test_a_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(ROWS), path)
+    one, two, three = load_prompts(str(path), place=Place(column="question"))
+    assert one == Prompt("One?", "a", "en", {"number": 1, "when": "2024-01-02"})
+    assert (two.topic != three.topic, three.extra) == (True, {"when": "2024-01-02"})
+    assert three.origin == f"{path}:3"
+    fingerprint([one, two, three])
+    with pytest.raises(PromptError, match=r"mine\.parquet:1: the key 'text' is missing"):
+        load_prompts(str(path))
+    path.write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(PromptError, match=r"mine\.parquet: not valid parquet: "):
+        load_prompts(str(path))
+    with pytest.raises(PromptError, match=r"gone\.parquet: cannot be read"):
+        load_prompts(str(tmp_path / "gone.parquet"))
+
+
+@pytest.mark.parametrize(("name", "module"), [("x.parquet", "pyarrow"), ("hub:a/b", "datasets")])
+def test_tables_without_their_extra(
+    name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PromptError, match=r"extra `data`: pip install .*\[data\]"):
+        load_prompts(name)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> dict[str, str]:
+    """The Hub's own cache with a dataset of two subsets at one commit; there is no network."""
+    folder = tmp_path / "hub" / "datasets--somebody--questions" / "snapshots" / COMMIT
+    (folder / "hard").mkdir(parents=True)
+    header = "---\nconfigs:\n- config_name: easy\n  data_files: easy.parquet\n"
+    header += "- config_name: hard\n  data_files:\n  - split: eval\n    path: hard/*.parquet\n---\n"
+    (folder / "README.md").write_text(header)
+    easy = {"text": [f"Easy {n}?" for n in range(4)], "topic": [f"t{n}" for n in range(4)]}
+    pyarrow.parquet.write_table(pyarrow.table(easy), folder / "easy.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(ROWS), folder / "hard" / "part.parquet")
+    refs = tmp_path / "hub" / "datasets--somebody--questions" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    return {
+        **os.environ,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "BAKE_CACHE": str(tmp_path / "bake"),
+    }
+
+
+def hub_rows(environment: dict[str, str], *place: str) -> tuple[str, str]:
+    """What a process of its own reads: the Hub's client takes its folder when it is imported."""
+    code = (
+        "import sys, json\n"
+        "from bake.errors import PromptError\n"
+        "from bake.prompts import Place, load_prompts\n"
+        "place = Place(**json.loads(sys.argv[1]))\n"
+        "try:\n"
+        "    found = load_prompts('hub:somebody/questions', place=place)\n"
+        "    print(json.dumps([[p.text, p.topic, p.origin] for p in found]))\n"
+        "except PromptError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *place], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_dataset_of_the_hub_at_its_commit(hub: dict[str, str]) -> None:
+    easy = {"revision": COMMIT, "subset": "easy"}
+    out, err = hub_rows(hub, json.dumps(easy))
+    assert err == ""
+    assert json.loads(out)[1] == ["Easy 1?", "t1", "hub:somebody/questions:2"]
+    hard = {"revision": COMMIT, "subset": "hard", "split": "eval", "column": "question"}
+    out, err = hub_rows(hub, json.dumps(hard))
+    assert err == ""
+    assert [row[0] for row in json.loads(out)] == ROWS["question"]
+    for change, words in (
+        ({"split": "train"}, "subset hard, split train: datasets cannot read it: "),
+        ({"subset": "odd"}, "subset odd, split eval: datasets cannot read it: "),
+        ({"column": "text"}, "hub:somebody/questions:1: the key 'text' is missing; the columns"),
+        ({"revision": "f" * 40}, f"the Hub gave no such dataset at revision {'f' * 40}"),
+    ):
+        out, err = hub_rows(hub, json.dumps(hard | change))
+        assert (out, len(err.splitlines())) == ("", 1), err
+        assert words in err
 
 
 # --- splits
@@ -166,15 +316,48 @@ def test_a_limit_takes_a_beginning_that_is_balanced(counts: dict[str, int], limi
         )
 
 
-def test_the_same_prompt_in_two_splits_names_both_lines(tmp_path: Path) -> None:
-    lines = [{"text": f"prompt {topic}", "topic": topic} for topic in "abc"]
-    lines[0]["text"] = "What is  THE answer"
-    lines[2]["text"] = "what is the answer?!"
-    source = write(tmp_path, "\n".join(map(json.dumps, lines)))
-    with pytest.raises(PromptError) as caught:
-        load_splits(source)
-    assert f"{source}:1 " in str(caught.value)
-    assert f"{source}:3 " in str(caught.value)
+LONG = "Explain in plain words how the tides come about, and why there are two of them in a day"
+
+
+@pytest.mark.parametrize(
+    ("twin", "removed"),
+    [
+        (LONG, 1),
+        (LONG.upper() + "?!", 1),
+        (LONG + " now", 1),
+        (LONG + " 2", 0),
+        (LONG.replace("tides", "seasons"), 0),
+        ("What is the answer?", 0),
+    ],
+)
+def test_a_near_duplicate_is_left_out_of_the_later_split(twin: str, removed: int) -> None:
+    # By their hashes topic c is for the fit, b for selection and a for the test.
+    prompts = [Prompt(LONG, "c", "en"), Prompt(twin, "a", "en"), Prompt("Else?", "a", "en")]
+    prompts.append(Prompt("Third?", "b", "en"))
+    parts = split(prompts)
+    assert parts.removed == removed
+    assert [one.text for one in parts.fit] == [LONG]
+    assert [one.text for one in parts.test] == ([twin] if not removed else []) + ["Else?"]
+
+
+WORDS = st.lists(st.sampled_from(["tide", "moon", "sun", "day", "ten"]), min_size=1, max_size=9)
+
+
+@given(st.lists(WORDS, max_size=8), st.lists(WORDS, max_size=8), st.sampled_from([0.5, 0.9]))
+def test_near_duplicates_are_those_of_a_comparison_of_all_pairs(
+    first: list[list[str]], second: list[list[str]], alike: float
+) -> None:
+    def pieces(text: str) -> set[str]:
+        return {text[at : at + 5] for at in range(max(1, len(text) - 4))}
+
+    parts = [[" ".join(words) for words in part] for part in (first, second)]
+    wanted = set()
+    for place, text in enumerate(parts[1]):
+        for other in parts[0]:
+            one, two = pieces(text), pieces(other)
+            if len(one & two) >= alike * len(one | two):
+                wanted.add(place)
+    assert repeated(parts, alike) == [set(), wanted]
 
 
 def test_the_same_prompt_twice_in_one_topic_is_no_mistake(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
         ("runtimes: [vlm]", "8:12: runtimes.0: expected transformers, llama.cpp, ollama, vllm, "
          "sglang or mlx, found text 'vlm'; did you mean 'vllm'?"),
         ("prompts: {target: politcal}", "8:19: prompts.target.set: no built-in prompt set "
-         "'politcal' (a file ends in .jsonl or .txt); did you mean 'political'?"),
+         "'politcal' (a file ends in .jsonl, .txt, .csv, .parquet); did you mean 'political'?"),
         ("prompts: {target: {language: English}}", "8:30: prompts.target.language: expected a "
          "language code like en or zh, or any, found 'English'"),
         ("prompts: {protected: null}",
@@ -294,6 +294,31 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
          "8:37: fit.contrast: fit.refused is protected too; compare it with another class"),
         ("fit: {refused: protected, protect: remove}",
          "8:36: fit.protect: fit.refused is protected; without itself nothing is left of it"),
+        ("fit: {concepts: [medical]}",
+         "8:17: fit.concepts: fit.protect is none; residual is what protects them"),
+        ("fit: {estimator: logistics}",
+         "8:18: fit.estimator: expected mean-difference, rmd, wrmd, lda, pca, logistic, safesteer, "
+         "category or cosmic, found text 'logistics'; did you mean 'logistic'?"),
+        ("fit: {answers: {temperature: 0}}",
+         "8:30: fit.answers.temperature: expected more than 0, found 0"),
+        ("prompts: {target: 'hub:somebody'}",
+         "8:19: prompts.target.set: a dataset of the Hub is hub:owner/name, found 'hub:somebody'"),
+        ("prompts: {target: 'hub:a/b'}", "8:19: prompts.target.revision: a dataset of the Hub "
+         "needs its commit, to stay as is"),
+        ("prompts: {target: {set: 'hub:a/b', revision: main}}", "8:46: prompts.target.revision: "
+         "expected the 40 digits of a commit, found 'main'; a branch or tag may move"),
+        ("prompts: {target: {set: x.csv, split: test}}",
+         "8:39: prompts.target.split: is of a Hub dataset, which 'x.csv' is not"),
+        ("judge: {kind: chat, url: 'http://h/v1'}",
+         "8:8: judge.model: judge.kind chat needs it; give one"),
+        ("judge: {kind: local, model: m, key: K}",
+         "8:37: judge.key: is of kind chat; judge.kind is local"),
+        ("judge: {kind: chat, model: m, url: localhost}", "8:36: judge.url: expected a URL like "
+         "http://localhost:8000/v1, found 'localhost'"),
+        ("judge: {kind: chat, model: m, url: 'http://h:99999/'}", "8:36: judge.url: expected a "
+         "URL like http://localhost:8000/v1, found 'http://h:99999/'"),
+        ("judge: {kind: chat, model: m, url: 'http://h', key: sk-123-secret}", "8:53: judge.key: "
+         "expected the name of an environment variable, as in OPENAI_API_KEY"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_line_8(tmp_path: Path, line: str, expected: str) -> None:

@@ -6,20 +6,20 @@ checkpoint and its GGUF are materialised once, in the user's cache folder.
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from bake.archs import find_arch
+from bake.cache import cache_folder
 from bake.checkpoint import Checkpoint
 from bake.demo.base import base_gguf, write_base
 from bake.edits import LowRank
 from bake.errors import OutputError
 from bake.progress import progress
 
-__all__ = ["Demo", "cache_folder", "materialise"]
+__all__ = ["Demo", "materialise"]
 
 ADAPTER = Path(__file__).parent / "adapter"
 # Part of the cache key: raise it when materialising changes what it writes.
@@ -32,14 +32,6 @@ class Demo:
 
     model: Path
     gguf: Path
-
-
-def cache_folder() -> Path:
-    """Where bake keeps what it can make again: $BAKE_CACHE, or ~/.cache/bake."""
-    chosen = os.environ.get("BAKE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bake"
 
 
 def materialise() -> Demo:

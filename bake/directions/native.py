@@ -2,11 +2,12 @@
 
 The tensors are `direction.{layer}`, F32 [width]. `__metadata__` has text under `format`
 (`bake.directions`), `version` (`1`), `bake` (the version that wrote it), `width`, `layers`
-(`15,16`), `model`, `estimator`, `site` and `source`. A file without that `format` is read
-too, by its tensors alone.
+(`15,16`), `model`, `estimator`, `site` and `source`, and where figures are known `figures`,
+a JSON object by layer. A file without that `format` is read too, by its tensors alone.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def read_native(path: Path) -> Directions:
         # A name in a foreign header may hold line breaks.
         reason = " ".join(str(error).removeprefix(f"{path}: ").split())
         raise DirectionsError(reason[:240]) from error
-    found = Directions(vectors, Origin.of(ours or {}))
+    figures = _read_figures(ours["figures"]) if ours and "figures" in ours else {}
+    found = Directions(vectors, Origin.of(ours or {}), figures)
     for key, text in _described(found).items():
         if ours and ours.get(key) != text:
             raise DirectionsError(
@@ -57,6 +59,7 @@ def write_native(directions: Directions, path: Path) -> None:
             "bake": __version__,
             **_described(directions),
             **directions.origin.as_json(),
+            **_written_figures(directions),
         }
     }
     size = 4 * directions.width
@@ -75,6 +78,31 @@ def _described(directions: Directions) -> dict[str, str]:
     """What the metadata repeats of the tensors, for readers that look at nothing else."""
     layers = ",".join(map(str, directions.layers))
     return {"width": str(directions.width), "layers": layers}
+
+
+def _written_figures(directions: Directions) -> dict[str, str]:
+    figures = {str(layer): dict(found) for layer, found in directions.figures.items()}
+    return {"figures": json.dumps(figures, separators=(",", ":"))} if figures else {}
+
+
+def _read_figures(text: str) -> dict[int, dict[str, float]]:
+    """Figures by layer; refuses what is no finite number, passes over names from other versions."""
+    try:
+        found = json.loads(text)
+        return {
+            layer_of(layer, bare=True): {name: _number(figures[name]) for name in figures}
+            for layer, figures in found.items()
+        }
+    except (ValueError, RecursionError, TypeError, AttributeError, DirectionsError) as error:
+        raise DirectionsError(
+            f"__metadata__.figures is {shown(text)}, no figures by layer; save the directions again"
+        ) from error
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return float(value)
 
 
 def _is_ours(metadata: Mapping[str, str] | None) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 
 import torch
@@ -12,6 +12,7 @@ from bake.errors import DirectionsError
 from bake.recipe_values import HIGHEST_LAYER
 
 __all__ = [
+    "FIGURES",
     "FLOATS",
     "MAX_WIDTH",
     "Directions",
@@ -27,6 +28,16 @@ __all__ = [
 
 MAX_WIDTH = 1 << 17
 """Beyond the width of every known model, so that no claim in a header sets an allocation."""
+FIGURES: Mapping[str, str] = MappingProxyType(
+    {
+        "spread": "the mean cosine of directions from resampled topics with this one",
+        "auc": "the share of pairs, on held-out topics, in which the refused prompt reads higher",
+        "r": "Pearson's r of the reading on held-out topics with the refusal confidence",
+        "cosmic": "how far it moves either class's states to the other's, from -2 to 2",
+    }
+)
+"""What is known of how good an estimate is, in the order in which it is shown."""
+DIGITS = 6
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,7 +68,7 @@ class Origin:
     @classmethod
     def of(cls, values: Mapping[str, object]) -> "Origin":
         """The fields that `values` has as text, without what would steer a terminal."""
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         return cls(
             **{
                 key: text if text.isprintable() else ascii(text)
@@ -72,8 +83,9 @@ class Directions:
     """By layer a vector [d], float32, in the stream behind that block, counted from 0.
 
     The vectors are not of length 1: each is as long as the gap between the two classes
-    that it separates, so that a strength counts in gaps. Raises DirectionsError where a
-    vector is not finite, zero, or of another width.
+    that it separates, so that a strength counts in gaps. `figures` by layer say how good an
+    estimate it is, by the names of FIGURES. Raises DirectionsError where a vector is not
+    finite, zero, or of another width.
 
     >>> Directions({3: torch.ones(4)}).width
     4
@@ -81,6 +93,7 @@ class Directions:
 
     vectors: Mapping[int, Tensor]
     origin: Origin = Origin()
+    figures: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.vectors:
@@ -97,6 +110,12 @@ class Directions:
                     f"{len(found[first])}; all must be of one model's stream"
                 )
         object.__setattr__(self, "vectors", MappingProxyType(found))
+        kept = {
+            layer: {name: round(figures[name], DIGITS) for name in FIGURES if name in figures}
+            for layer in found
+            if (figures := self.figures.get(layer))
+        }
+        object.__setattr__(self, "figures", MappingProxyType(kept))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -113,9 +132,9 @@ class Directions:
         return replace(self, vectors={layer: self.vectors[layer] for layer in layers})
 
     def table(self) -> str:
-        """Origin, width, and the length of every vector, as plain text."""
+        """Origin, width, the length of every vector, and its figures, as plain text."""
         rows = [(str(layer), vector) for layer, vector in self.vectors.items()]
-        return _table(self.origin, self.width, rows)
+        return _table(self.origin, self.width, rows, self.figures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,10 +228,21 @@ def _float(what: str, vector: Tensor) -> Tensor:
     return found
 
 
-def _table(origin: Origin, width: int, rows: Sequence[tuple[str, Tensor]]) -> str:
+def _table(
+    origin: Origin,
+    width: int,
+    rows: Sequence[tuple[str, Tensor]],
+    figures: Mapping[int, Mapping[str, float]] | None = None,
+) -> str:
     facts = {**origin.as_json(), "width": str(width), "layers": str(len(rows))}
     lines = [f"{name:<10} {text}" for name, text in facts.items() if text]
+    by_row = {str(layer): found for layer, found in (figures or {}).items()}
+    names = [name for name in FIGURES if any(name in found for found in by_row.values())]
+    cells = [["layer", "norm", *names]]
+    for name, vector in rows:
+        found = by_row.get(name, {})
+        written = (f"{found[figure]:.3f}" if figure in found else "" for figure in names)
+        cells.append([name, f"{float(vector.float().norm()):.6g}", *written])
     return "\n".join(
-        [*lines, "", f"{'layer':<10} norm"]
-        + [f"{name:<10} {float(vector.float().norm()):.6g}" for name, vector in rows]
+        [*lines, "", *(" ".join(f"{cell:<10}" for cell in row).rstrip() for row in cells)]
     )

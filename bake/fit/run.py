@@ -7,20 +7,21 @@ where a gate decides.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions
-from bake.directions.value import Origin
 from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
-from bake.fit.mean_difference import mean_difference
-from bake.fit.protect import without
+from bake.fit.cosmic import CosmicScores
+from bake.fit.estimate import estimated, roles_of_direction
+from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.readout import ReadoutClass, ridge_readout
-from bake.fit.rmd import rmd, rmd_dual
+from bake.fit.scores import Observed
 from bake.fit.wrmd import confidence_weight
 from bake.hooks import Intervention
 from bake.judge import Judge
@@ -30,19 +31,10 @@ from bake.plan import Plan, direction_layers
 from bake.prompts import Prompt, Splits
 from bake.recipe import Recipe
 
-__all__ = ["ClassRecord", "Fitted", "fit", "needs_prompts"]
+__all__ = ["ClassRecord", "Fitted", "fit", "fit_directions", "needs_prompts"]
 
 MINIMUM = 8
-LABEL_TOKENS = 16
 PASSAGE_TOKENS = 96
-
-
-@dataclass(frozen=True)
-class ClassRecord:
-    """How the base model behaves on a class's fitting prompts."""
-
-    prompts: int
-    refused: int
 
 
 @dataclass(frozen=True)
@@ -71,27 +63,27 @@ def fit(
     judge: Judge,
     progress: Callable[[int], None] = lambda _: None,
     directions: Directions | None = None,
+    concepts: Mapping[str, Sequence[Prompt]] | None = None,
 ) -> Fitted:
     """Fit every edit of the recipe on the prompts of each role, and on general text.
 
     `directions` stand in for estimated ones: then no class has to behave in any way, and
     where `needs_prompts` says so no prompt is shown to the model at all. `progress`
     receives the number of prompts done since the last call; each prompt is done twice,
-    answered and measured, each text once. Raises FitError when a class has too few prompts
-    that behave as the direction needs them.
+    answered and measured, each text and each of the `concepts` that are protected once.
+    Raises FitError when a class has too few prompts that behave as the direction needs them.
     """
+    labels: dict[str, list[Labelled]] = {}
     conversations: dict[str, list[Conversation]] = {}
-    records: dict[str, ClassRecord] = {}
     if needs_prompts(plan, recipe, directions):
-        enough = _of_direction(recipe) if directions is None else set()
-        for role, chosen in prompts.items():
-            conversations[role], records[role] = _conversations(
-                model, recipe, role, chosen, judge, progress, role in enough
-            )
+        labels = _labels(model, recipe, prompts, judge, progress, directions is None)
+        conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
         texts_shown = texts.fit[: recipe.fit.prompts_per_class]
         conversations["text"] = _passages(model, texts_shown)
     layers = direction_layers(recipe)
-    taps = _taps(model, recipe, plan, conversations, layers if directions is None else ())
+    depth = model.arch.layer_count(base.config)
+    seen = _candidates(recipe, layers, depth) if directions is None else ()
+    taps = _taps(model, plan, recipe, seen)
     moments = {
         role: collect(model, found, taps, progress=progress)
         for role, found in conversations.items()
@@ -108,9 +100,11 @@ def fit(
 
     means: dict[int, Tensor] = {}
     if directions is None:
-        estimated = {layer: _direction(recipe, moments, layer) for layer in layers}
+        directions = _estimated(
+            *(model, recipe, labels, conversations, moments, layers, seen, depth),
+            *(concepts or {}, progress),
+        )
         means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
-        directions = Directions(estimated, _origin(recipe))
     used = directions.at(layers)
     measured = Measured(used.vectors, probe, base, means)
     built = [
@@ -122,7 +116,39 @@ def fit(
     chats = [one for role, found in conversations.items() for one in found if role != "text"]
     classes = [chats, conversations["text"], own_text(model)] if ridge else []
     interventions, constants = with_constants(model, built, classes, _passages(model, texts.test))
+    records = {role: recorded(one) for role, one in labels.items()}
     return Fitted(interventions, used, records, openings, constants)
+
+
+def fit_directions(
+    model: LiveModel,
+    base: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    prompts: Mapping[str, Sequence[Prompt]],
+    judge: Judge,
+    concepts: Mapping[str, Sequence[Prompt]],
+    progress: Callable[[int], None] = lambda _: None,
+) -> tuple[Directions, Mapping[str, ClassRecord]]:
+    """The direction behind each of some layers with all of its figures, and nothing else.
+
+    `prompts` need only be of the roles that `roles_shown` names. Raises FitError as `fit`.
+    """
+    labels = _labels(model, recipe, prompts, judge, progress, True)
+    conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
+    depth = model.arch.layer_count(base.config)
+    seen = _candidates(recipe, layers, depth)
+    taps = _stream(model, seen)
+    moments = {
+        role: collect(model, found, taps, progress=progress)
+        for role, found in conversations.items()
+    }
+    directions = _estimated(
+        *(model, recipe, labels, conversations, moments, layers, seen, depth),
+        *(concepts, progress),
+        scored=True,
+    )
+    return directions, {role: recorded(one) for role, one in labels.items()}
 
 
 def needs_prompts(plan: Plan, recipe: Recipe, directions: Directions | None) -> bool:
@@ -143,50 +169,54 @@ def _probed(plan: Plan, recipe: Recipe) -> set[str]:
     }
 
 
-def _conversations(
+def _labels(
     model: LiveModel,
     recipe: Recipe,
-    role: str,
-    prompts: Sequence[Prompt],
+    prompts: Mapping[str, Sequence[Prompt]],
     judge: Judge,
     progress: Callable[[int], None],
-    of_direction: bool,
-) -> tuple[list[Conversation], ClassRecord]:
-    """Answer the prompts, label the answers, and mark the positions that count.
+    for_direction: bool,
+) -> dict[str, list[Labelled]]:
+    """Label every role's prompts.
 
-    Raises FitError for a class `of_direction`, which makes one, when too few of its prompts
-    behave as it needs.
+    Raises FitError where they shall make a direction and too few behave as it needs.
     """
-    refuses_as_it_should = role in (recipe.fit.refused, "protected")
-    tail, answer_tokens = recipe.fit.positions.template, recipe.fit.positions.answer
-    starts = [model.render(prompt.text) for prompt in prompts]
-    answers = model.answer(starts, max(LABEL_TOKENS, answer_tokens), progress=progress)
-    found, refused = [], 0
-    for prompt, start, answer in zip(prompts, starts, answers, strict=True):
-        refuses = judge.refuses(prompt.text, model.text(answer))
-        refused += refuses
-        weight = 0.0
-        if refuses == refuses_as_it_should:
-            # One greedy answer is a confidence of 1 or -1.
-            weighted = recipe.fit.estimator == "wrmd"
-            weight = confidence_weight(1.0 if refuses else -1.0, refuses) if weighted else 1.0
-        ids = (*start, *answer[:answer_tokens])
-        first = max(0, len(start) - tail)
-        found.append(Conversation(ids, len(start) - 1, tuple(range(first, len(ids))), weight))
-    usable = sum(one.weight > 0 for one in found)
-    if usable < MINIMUM and of_direction:
-        behaviour = "refused" if refuses_as_it_should else "answered"
-        raise FitError(
-            f"prompts.{role}: only {usable} of {len(found)} fitting prompts were {behaviour} "
-            f"by the base model, at least {MINIMUM} are needed; give more or other prompts"
-        )
-    return found, ClassRecord(len(found), refused)
+    found = {}
+    for role, chosen in prompts.items():
+        found[role] = labelled(model, recipe, chosen, judge, progress)
+        usable = sum(one.side == _wanted(recipe, role) for one in found[role])
+        if for_direction and usable < MINIMUM and role in roles_of_direction(recipe.fit):
+            behaviour = "refused" if _wanted(recipe, role) > 0 else "answered"
+            neutral = sum(one.side == 0 for one in found[role])
+            neither = f" ({neutral} were neither)" if neutral else ""
+            raise FitError(
+                f"prompts.{role}: only {usable} of {len(found[role])} fitting prompts were "
+                f"{behaviour} by the base model{neither}, at least {MINIMUM} are needed; "
+                "give more or other prompts"
+            )
+    return found
 
 
-def _of_direction(recipe: Recipe) -> set[str]:
-    """The roles whose means make the direction."""
-    roles: set[str] = {recipe.fit.refused, recipe.fit.contrast}
-    return roles | {"protected"} if recipe.fit.protect == "remove" else roles
+def _wanted(recipe: Recipe, role: str) -> int:
+    """The behaviour that makes a prompt one of its class: 1 refused, -1 answered."""
+    return 1 if role in (recipe.fit.refused, "protected") else -1
+
+
+def _conversations(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> list[Conversation]:
+    """The prompts with the openings of their answers, the positions that count, the weights.
+
+    A prompt that does not behave as its class does has no weight in it.
+    """
+    wanted, places = _wanted(recipe, role), recipe.fit.positions
+    found = []
+    for one in labels:
+        weight = float(one.side == wanted)
+        if weight and recipe.fit.estimator == "wrmd":
+            weight = confidence_weight(one.confidence, wanted > 0)
+        ids = (*one.start, *one.answer[: places.answer])
+        first, last = max(0, len(one.start) - places.template), len(one.start) - 1
+        found.append(Conversation(ids, last, tuple(range(first, len(ids))), weight))
+    return found
 
 
 def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
@@ -198,24 +228,12 @@ def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
     return found
 
 
-def _taps(
-    model: LiveModel,
-    recipe: Recipe,
-    plan: Plan,
-    conversations: Mapping[str, Sequence[Conversation]],
-    layers: Iterable[int],
-) -> dict[Any, Tap]:
+def _taps(model: LiveModel, plan: Plan, recipe: Recipe, layers: Iterable[int]) -> dict[Any, Tap]:
     """What to measure: the stream behind `layers`, and the inputs that probes read.
 
-    With fewer samples than dimensions ridge estimators keep them for their dual form. In
-    front of a post-norm a probe reads in units of what the norm divides by.
+    In front of a post-norm a probe reads in units of what the norm divides by.
     """
-    taps: dict[Any, Tap] = {}
-    for layer in layers:
-        few = len(conversations[recipe.fit.contrast]) < plan.width
-        ridge: Literal["samples", "second"] = "samples" if few else "second"
-        keep = "mean" if recipe.fit.estimator == "mean-difference" else ridge
-        taps[layer] = Tap(model.block(layer), "output", "last", keep)
+    taps = _stream(model, layers)
     norms = {
         one.module: model.arch.post_norm(one.layer, one.branch)
         for written in model.arch.written(edit.tensor for edit in plan.edits).values()
@@ -228,40 +246,59 @@ def _taps(
     return taps
 
 
-def _origin(recipe: Recipe) -> Origin:
-    """What a file of the estimated directions says of them."""
-    choice = recipe.fit
-    apart = ", without the protected direction" if choice.protect == "remove" else ""
-    classes = f"{choice.refused} refused against {choice.contrast} answered{apart}"
-    return Origin(recipe.model, choice.estimator, "out", f"recipe {recipe.name}: {classes}")
+def _stream(model: LiveModel, layers: Iterable[int]) -> dict[Any, Tap]:
+    return {layer: Tap(model.block(layer), "output", "last", "samples") for layer in layers}
 
 
-def _direction(recipe: Recipe, moments: Mapping[str, Mapping[Any, Moments]], layer: int) -> Tensor:
-    """The refusal direction after a block, scaled to the gap between the two classes.
+def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[int]:
+    """The layers whose stream is read: all of them where COSMIC chooses one."""
+    return range(depth) if recipe.fit.estimator == "cosmic" else layers
 
-    A strength of 1 therefore moves the answered class's mean to the refused one's,
-    measured along the direction.
-    """
-    choice = recipe.fit
-    refused, answered = moments[choice.refused][layer], moments[choice.contrast][layer]
-    difference = mean_difference(refused.mean, answered.mean)
-    if choice.estimator == "mean-difference":
-        direction = difference
-    elif answered.keep == "samples":
-        direction = rmd_dual(refused.mean, answered.mean, answered.centred, choice.ridge)
-    else:
-        direction = rmd(refused.mean, answered.mean, answered.covariance, choice.ridge)
-    if choice.protect == "remove":
-        protected = mean_difference(moments["protected"][layer].mean, answered.mean)
-        direction = without(direction, protected)
-    if not direction.norm() > 0:
-        raise FitError(
-            f"layer {layer}: {choice.refused} and {choice.contrast} have the same mean, so there "
-            "is no direction between them; give other prompts or another layer"
-        )
-    unit = direction / direction.norm()
-    gap: Tensor = (unit @ difference) * unit
-    return gap
+
+def _estimated(
+    model: LiveModel,
+    recipe: Recipe,
+    labels: Mapping[str, Sequence[Labelled]],
+    conversations: Mapping[str, Sequence[Conversation]],
+    moments: Mapping[str, Mapping[Any, Moments]],
+    layers: Sequence[int],
+    seen: Sequence[int],
+    depth: int,
+    concepts: Mapping[str, Sequence[Prompt]],
+    progress: Callable[[int], None],
+    scored: bool = False,
+) -> Directions:
+    """The directions of some layers, from what every role's prompts left behind `seen` ones."""
+    observed = {
+        role: {layer: _observed(moments[role][layer], conversations[role], found) for layer in seen}
+        for role, found in labels.items()
+    }
+    shields = {}
+    for name, prompts in concepts.items():
+        bare = [_prompt_alone(model.render(prompt.text)) for prompt in prompts]
+        measured = collect(model, bare, _stream(model, seen), progress=progress)
+        topics = tuple(prompt.topic for prompt in prompts)
+        one = torch.ones(len(bare), dtype=torch.float64)
+        shields[name] = {
+            layer: Observed(measured[layer].values, one, one, topics) for layer in seen
+        }
+    cosmic = None
+    if scored or recipe.fit.estimator == "cosmic":
+        refused, answered = conversations[recipe.fit.refused], conversations[recipe.fit.contrast]
+        cosmic = CosmicScores(model, refused, answered, depth)
+    return estimated(recipe, observed, shields, layers, cosmic)
+
+
+def _observed(
+    moments: Moments, conversations: Sequence[Conversation], labels: Sequence[Labelled]
+) -> Observed:
+    weights = torch.tensor([one.weight for one in conversations], dtype=torch.float64)
+    confidences = torch.tensor([one.confidence for one in labels], dtype=torch.float64)
+    return Observed(moments.values, weights, confidences, tuple(one.prompt.topic for one in labels))
+
+
+def _prompt_alone(ids: Sequence[int]) -> Conversation:
+    return Conversation(tuple(ids), len(ids) - 1, ())
 
 
 def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, ridge: float) -> Tensor:

@@ -1,12 +1,45 @@
 """Judges: who says whether an answer is a refusal.
 
-A judge is anything with a name and a method `refuses`; the built-in one is
-`bake.judge.keyword.KeywordJudge`.
+A judge is anything with a name and a method `judge`. The built-in ones are `keyword`
+(phrases), `chat` (a server that speaks OpenAI's protocol) and `local` (a causal language
+model through transformers); `bake.judge.choice.find_judge` makes the recipe's.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-__all__ = ["Judge"]
+__all__ = ["ANSWERED", "REFUSED", "UNREAD", "Exchange", "Judge", "Label", "Verdict"]
+
+Label = Literal[-1, 0, 1]
+REFUSED: Label = 1
+ANSWERED: Label = -1
+UNREAD: Label = 0
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt, and one answer to it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge found: a refusal, an answer, or nothing that could be read.
+
+    `category` is the kind of refusal, or why there is no verdict; empty where the judge
+    does not say.
+    """
+
+    label: Label
+    category: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the answer is a refusal; False also where the verdict could not be read."""
+        return self.label == REFUSED
 
 
 class Judge(Protocol):
@@ -17,6 +50,6 @@ class Judge(Protocol):
         """The name under which the manifest reports the judge's verdicts."""
         ...
 
-    def refuses(self, prompt: str, answer: str) -> bool:
-        """Return whether `answer` refuses or deflects `prompt`."""
+    def judge(self, exchanges: Sequence[Exchange]) -> Sequence[Verdict]:
+        """One verdict an exchange, in their order."""
         ...

@@ -3,7 +3,21 @@
 from collections.abc import Sequence
 from math import exp, fsum, isfinite
 
-__all__ = ["refusal_confidence"]
+from bake.judge import ANSWERED, REFUSED, UNREAD, Label
+
+__all__ = ["bucket", "refusal_confidence"]
+
+NEUTRAL = 0.1
+
+
+def bucket(confidence: float) -> Label:
+    """The side that a confidence is on: refused above 0.1, answered below -0.1, else neither.
+
+    Source: as of `refusal_confidence`.
+    """
+    if abs(confidence) <= NEUTRAL:
+        return UNREAD
+    return REFUSED if confidence > 0 else ANSWERED
 
 
 def refusal_confidence(

@@ -11,9 +11,11 @@ in tests/test_judge.py.
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 
 __all__ = ["KeywordJudge"]
 
@@ -33,6 +35,11 @@ class KeywordJudge:
 
     phrases: tuple[str, ...] = ()
     name: ClassVar[str] = "keyword"
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """One verdict an exchange; there is always one."""
+        refused = (self.refuses(one.prompt, one.answer) for one in exchanges)
+        return [Verdict(REFUSED if one else ANSWERED) for one in refused]
 
     def refuses(self, prompt: str, answer: str) -> bool:
         """Return whether the answer begins as a refusal does; the prompt plays no part."""

@@ -1,12 +1,11 @@
 """Prompt sets: the built-in ones and the user's, and their splits by topic.
 
-A set is a .jsonl file with one object a line: `text`, and where they are known `topic`,
-`language` and anything else; or a .txt file with one prompt a line. The built-in sets are
-the .jsonl files of this folder.
+A set is a .jsonl, .csv or .parquet file, or a dataset of the Hub (`hub:owner/name`), with one
+prompt a row: `text`, and where they are known `topic`, `language` and anything else; or a
+.txt file with one prompt a line. The built-in sets are the .jsonl files of this folder.
 """
 
 import json
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,8 +14,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 from bake.errors import PromptError
+from bake.prompts.near import plain, repeated
+from bake.prompts.rows import FIRST, HUB, SUFFIXES, Place, read_rows
 
 __all__ = [
+    "Place",
     "Prompt",
     "Splits",
     "builtin_sets",
@@ -46,12 +48,14 @@ class Splits:
     """Prompts to fit on, to choose settings by, and to report; no topic is in two of them.
 
     Each is dealt from its topics in turn, so every beginning of it is balanced by topic:
-    take the first n where fewer are wanted.
+    take the first n where fewer are wanted. `removed` counts the prompts that were left out
+    because an earlier split has nearly the same.
     """
 
     fit: tuple[Prompt, ...]
     select: tuple[Prompt, ...]
     test: tuple[Prompt, ...]
+    removed: int = 0
 
 
 def builtin_sets() -> dict[str, Path]:
@@ -59,10 +63,11 @@ def builtin_sets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.jsonl"))}
 
 
-def load_prompts(source: str, *, language: str = "en") -> tuple[Prompt, ...]:
-    """Read the prompts of a built-in set or a file, in one language (or `any`), in file order.
+def load_prompts(source: str, *, language: str = "en", place: Place = FIRST) -> tuple[Prompt, ...]:
+    """Read the prompts of a set, in one language (or `any`), in its order.
 
-    A line that names no language counts as being in the one that is asked for; one that
+    `place` says which columns hold what, and which part of a Hub dataset is meant. A line
+    that names no language counts as being in the one that is asked for; one that
     names no topic is a topic of its own. Raises PromptError, with `file:line` where a line
     is at fault. To split by topic use `load_splits`: a topic of a single language must
     land in the same split as it does in all of them.
@@ -70,18 +75,21 @@ def load_prompts(source: str, *, language: str = "en") -> tuple[Prompt, ...]:
     >>> load_prompts("political", language="es")[0].topic
     'tiananmen-1989'
     """
-    path = _path(source)
-    return _in_language(_read(path, language), language, str(path))
+    name = _found(source)
+    return _in_language(_read(name, language, place), language, name)
 
 
-def load_splits(source: str, *, language: str = "en", limit: int | None = None) -> Splits:
+def load_splits(
+    source: str, *, language: str = "en", limit: int | None = None, place: Place = FIRST
+) -> Splits:
     """Read a set, split all of it by topic, then keep one language and `limit` a split."""
-    path = _path(source)
-    parts = split(_read(path, language))
+    name = _found(source)
+    parts = split(_read(name, language, place))
     return Splits(
-        _in_language(parts.fit, language, f"{path}, fit split")[:limit],
-        _in_language(parts.select, language, f"{path}, select split")[:limit],
-        _in_language(parts.test, language, f"{path}, test split")[:limit],
+        _in_language(parts.fit, language, f"{name}, fit split")[:limit],
+        _in_language(parts.select, language, f"{name}, select split")[:limit],
+        _in_language(parts.test, language, f"{name}, test split")[:limit],
+        parts.removed,
     )
 
 
@@ -89,8 +97,8 @@ def split(prompts: Sequence[Prompt], limit: int | None = None) -> Splits:
     """Deal prompts into fit, select and test: 55 %, 10 % and 35 % of the topics.
 
     Topics are ranked by the SHA-256 of their names, so further prompts of a known topic
-    move nothing. Raises PromptError for fewer than three topics, and for the same text
-    (but for case, spacing and punctuation) in two splits.
+    move nothing. A prompt of which an earlier split has a near duplicate is left out of
+    the later one. Raises PromptError for fewer than three topics.
     """
     topics: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -103,13 +111,17 @@ def split(prompts: Sequence[Prompt], limit: int | None = None) -> Splits:
     select = max(1, _share(len(ranked), 10))
     test = max(1, _share(len(ranked), 35))
     fit = len(ranked) - select - test
-    parts = Splits(
+    dealt = (
         _dealt([topics[topic] for topic in ranked[:fit]]),
         _dealt([topics[topic] for topic in ranked[fit : fit + select]]),
         _dealt([topics[topic] for topic in ranked[fit + select :]]),
     )
-    _check_apart(parts)
-    return Splits(parts.fit[:limit], parts.select[:limit], parts.test[:limit])
+    twins = repeated([[prompt.text for prompt in part] for part in dealt])
+    fitted, selected, tested = (
+        tuple(prompt for place, prompt in enumerate(part) if place not in found)[:limit]
+        for part, found in zip(dealt, twins, strict=True)
+    )
+    return Splits(fitted, selected, tested, sum(map(len, twins)))
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -121,68 +133,34 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _path(source: str) -> Path:
-    path = Path(source)
-    if path.suffix in {".jsonl", ".txt"}:
-        return path
+def _found(source: str) -> str:
+    """The path of a built-in set or file, or the Hub's name as it is."""
+    if source.startswith(HUB) or Path(source).suffix in SUFFIXES:
+        return source
     known = builtin_sets()
     if source not in known:
         matches = get_close_matches(source, known, n=1)
         hint = f"did you mean {matches[0]!r}?" if matches else f"there are {', '.join(known)}"
         raise PromptError(
-            f"{source}: no built-in prompt set of that name (a file ends in .jsonl or .txt); {hint}"
+            f"{source}: no built-in prompt set of that name (a file ends in "
+            f"{', '.join(SUFFIXES)}); {hint}"
         )
-    return known[source]
+    return str(known[source])
 
 
-def _read(path: Path, language: str) -> tuple[Prompt, ...]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise PromptError(f"{path}:{line}: this is not UTF-8 text") from error
-    read = _json_line if path.suffix == ".jsonl" else _text_line
-    return tuple(
-        read(line.strip(), language, f"{path}:{number}")
-        # Not splitlines: JSON may hold U+2028 and its like unescaped.
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    )
-
-
-def _json_line(line: str, language: str, origin: str) -> Prompt:
-    try:
-        values = json.loads(line, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise PromptError(f"{origin}: not valid JSON: {reason}") from error
-    if not isinstance(values, dict):
-        raise PromptError(f'{origin}: expected an object like {{"text": "..."}}')
-    if "text" not in values:
-        raise PromptError(f"{origin}: the key 'text' is missing")
-    for key in ("text", "topic", "language"):
-        value = values.get(key, "unknown")
-        if not isinstance(value, str) or not value.strip():
-            raise PromptError(f"{origin}: {key!r} must be text that is not empty")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise PromptError(f"{origin}: {key!r} holds half of a surrogate pair")
-    text = values.pop("text")
-    topic = values.pop("topic", None) or _own_topic(text)
-    return Prompt(text, topic, values.pop("language", language), values, origin)
-
-
-def _text_line(line: str, language: str, origin: str) -> Prompt:
-    return Prompt(line, _own_topic(line), language, {}, origin)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+def _read(name: str, language: str, place: Place) -> tuple[Prompt, ...]:
+    found = []
+    for origin, row in read_rows(name, place):
+        values = dict(row)
+        text = str(values.pop("text"))
+        topic = str(values.pop("topic", "")) or _own_topic(text)
+        spoken = str(values.pop("language", language))
+        found.append(Prompt(text, topic, spoken, values, origin))
+    return tuple(found)
 
 
 def _own_topic(text: str) -> str:
-    return _digest(_plain(text))[:16]
+    return _digest(plain(text))[:16]
 
 
 def _in_language(prompts: tuple[Prompt, ...], language: str, where: str) -> tuple[Prompt, ...]:
@@ -198,28 +176,6 @@ def _dealt(topics: list[list[Prompt]]) -> tuple[Prompt, ...]:
     """One prompt of each topic, then a second of each, and so on."""
     rounds = zip_longest(*topics)
     return tuple(prompt for dealt in rounds for prompt in dealt if prompt is not None)
-
-
-def _check_apart(parts: Splits) -> None:
-    first: dict[str, tuple[str, Prompt]] = {}
-    clashes: list[str] = []
-    for name, prompts in (("fit", parts.fit), ("select", parts.select), ("test", parts.test)):
-        for prompt in prompts:
-            other, twin = first.setdefault(_plain(prompt.text), (name, prompt))
-            if other != name:
-                here = f"{prompt.origin or repr(prompt.text)} ({name}, topic {prompt.topic!r})"
-                there = f"{twin.origin or repr(twin.text)} ({other}, topic {twin.topic!r})"
-                clashes.append(f"{here}: the same prompt as {there}; give both one topic")
-    if clashes:
-        more = [f"and {len(clashes) - 10} more"] if len(clashes) > 10 else []
-        raise PromptError("\n".join(clashes[:10] + more))
-
-
-def _plain(text: str) -> str:
-    """Text without what makes no other prompt: case, spacing, punctuation, character widths."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    marks = "".join(" " if unicodedata.category(c)[0] in "CPZ" else c for c in folded)
-    return " ".join(marks.split()) or text
 
 
 def _digest(text: str) -> str:

@@ -1,0 +1,174 @@
+"""From the activations of every role to a direction a layer, protected, with its figures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bake.directions import Directions
+from bake.directions.value import Origin
+from bake.errors import FitError
+from bake.fit.cosmic import CosmicScores
+from bake.fit.estimators import ESTIMATORS
+from bake.fit.protect import busiest, in_null_space, without, without_concepts
+from bake.fit.samples import Samples
+from bake.fit.scores import Observed, held_out
+from bake.fit.spread import bootstrap_cosine
+from bake.recipe import Fit, Recipe
+
+__all__ = ["Activations", "estimated", "roles_of_direction", "roles_shown"]
+
+Activations = Mapping[str, Mapping[int, Observed]]
+Estimate = Callable[[Samples, Samples], Tensor]
+Protect = Callable[[Tensor, Samples], Tensor]
+# Below this share of the estimate a protected direction is rounding.
+NOTHING_LEFT = 1e-6
+# COSMIC's own limits: no direction of the last fifth of the layers, and this much divergence.
+DEPTH, DIVERGENCE = 0.8, 0.1
+
+
+def roles_of_direction(choice: Fit) -> set[str]:
+    """The roles whose behaviour makes the direction."""
+    roles: set[str] = {choice.refused, choice.contrast}
+    if choice.protect in ("remove", "residual"):
+        roles.add("protected")
+    return roles
+
+
+def roles_shown(choice: Fit) -> set[str]:
+    """The roles whose prompts have to be measured for the direction."""
+    shown = {"protected", "general"} if choice.protect == "null-space" else set()
+    return roles_of_direction(choice) | shown
+
+
+def estimated(
+    recipe: Recipe,
+    found: Activations,
+    concepts: Activations,
+    layers: Sequence[int],
+    cosmic: CosmicScores | None = None,
+) -> Directions:
+    """The direction behind every layer, as long as the gap between the two classes along it.
+
+    A strength of 1 therefore moves the answered class's mean to the refused one's, measured
+    along the direction. Each comes with its figures: `spread`, `auc`, `r`, and given `cosmic`
+    its score. Raises FitError where the data determine no direction.
+    """
+    refused, answered = found[recipe.fit.refused], found[recipe.fit.contrast]
+    estimates = {
+        layer: partial(_direction, recipe.fit, _protection(recipe.fit, found, concepts, layer))
+        for layer in refused
+    }
+    samples = {layer: (refused[layer].samples, answered[layer].samples) for layer in refused}
+    units = {
+        layer: _checked(recipe.fit, estimates[layer], samples[layer], layer) for layer in layers
+    }
+    chosen = None
+    if recipe.fit.estimator == "cosmic":
+        assert cosmic is not None
+        chosen = _chosen_by_cosmic(recipe.fit, estimates, samples, cosmic)
+        units = dict.fromkeys(layers, chosen.direction)
+    vectors, figures = {}, {}
+    for layer in layers:
+        first, second = samples[layer]
+        vectors[layer] = (units[layer] @ (first.mean - second.mean)) * units[layer]
+        # The figures are of the estimate, where it was made.
+        source = chosen.layer if chosen else layer
+        figures[layer] = held_out(estimates[source], refused[source], answered[source])
+        if recipe.fit.bootstrap:
+            figures[layer]["spread"] = bootstrap_cosine(
+                estimates[source], *samples[source], recipe.fit.bootstrap, recipe.seed
+            )
+        if cosmic:
+            figures[layer]["cosmic"] = cosmic.score(layer, vectors[layer].float())
+    return Directions(vectors, _origin(recipe), figures)
+
+
+def _direction(choice: Fit, protect: Protect, refused: Samples, answered: Samples) -> Tensor:
+    """The protected direction [d] of length 1; of length 0 where nothing is left."""
+    direction = protect(ESTIMATORS[choice.estimator](refused, answered, choice), answered)
+    length = direction.norm()
+    return direction / length if length > NOTHING_LEFT else torch.zeros_like(direction)
+
+
+def _checked(
+    choice: Fit, estimate: Estimate, samples: tuple[Samples, Samples], layer: int
+) -> Tensor:
+    first, second = samples
+    names = f"layer {layer}: {choice.refused} and {choice.contrast}"
+    if torch.equal(first.mean, second.mean):
+        raise FitError(
+            f"{names} have the same mean, so there is no direction between them; "
+            "give other prompts or another layer"
+        )
+    direction = estimate(first, second)
+    if not direction.any():
+        raise FitError(
+            f"{names}: nothing is left of the direction under fit.protect: {choice.protect}; "
+            "protect less (protect_strength, protect_ridge, protect_share) or give another layer"
+        )
+    return direction
+
+
+def _protection(choice: Fit, found: Activations, concepts: Activations, layer: int) -> Protect:
+    """What `fit.protect` does to a direction, given the answered class that it is against."""
+    if choice.protect == "none":
+        return lambda direction, _: direction
+    if choice.protect == "null-space":
+        kept = [found[role][layer].values for role in ("protected", "general")]
+        axes = busiest(torch.cat(kept).to(torch.float64), choice.protect_share)
+        return lambda direction, _: in_null_space(direction, axes)
+    protected = found["protected"][layer].samples.mean
+    if choice.protect == "remove":
+        return lambda direction, answered: without(
+            direction, protected - answered.mean, choice.protect_strength
+        )
+    means = [protected, *(by_layer[layer].samples.mean for by_layer in concepts.values())]
+    return lambda direction, answered: without_concepts(
+        direction, torch.stack([mean - answered.mean for mean in means], 1), choice.protect_ridge
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    layer: int
+    direction: Tensor
+
+
+def _chosen_by_cosmic(
+    choice: Fit,
+    estimates: Mapping[int, Estimate],
+    samples: Mapping[int, tuple[Samples, Samples]],
+    cosmic: CosmicScores,
+) -> _Chosen:
+    """The layer of the best score whose direction, taken out, leaves answered prompts alone."""
+    candidates = []
+    for layer in sorted(samples):
+        if layer >= DEPTH * len(samples):
+            continue
+        direction = _checked(choice, estimates[layer], samples[layer], layer)
+        first, second = samples[layer]
+        gap = direction @ (first.mean - second.mean) * direction
+        candidates.append((-cosmic.score(layer, gap.float()), layer, direction))
+    for _, layer, direction in sorted(candidates, key=lambda one: one[:2]):
+        if cosmic.divergence(direction.float()) <= DIVERGENCE:
+            return _Chosen(layer, direction)
+    raise FitError(
+        f"fit.estimator: cosmic: without any layer's direction the {choice.contrast} prompts are "
+        f"answered otherwise (KL above {DIVERGENCE:g} at the last token); take another estimator"
+    )
+
+
+def _origin(recipe: Recipe) -> Origin:
+    """What a file of the estimated directions says of them."""
+    choice = recipe.fit
+    apart = {
+        "none": "",
+        "remove": ", without the protected direction",
+        "residual": ", without what protected concepts explain",
+        "null-space": ", where protected and general activations are small",
+    }[choice.protect]
+    classes = f"{choice.refused} refused against {choice.contrast} answered{apart}"
+    return Origin(recipe.model, choice.estimator, "out", f"recipe {recipe.name}: {classes}")

@@ -1,0 +1,95 @@
+"""Figures that rank layers and estimates without a token being generated."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from bake.errors import FitError
+from bake.fit.samples import Samples
+
+__all__ = ["Observed", "area_under_curve", "held_out", "pearson"]
+
+FOLDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """All prompts of a role: activations [n, d], class weights [n], and c(x) [n].
+
+    A weight of 0 is that of a prompt that does not behave as its class does.
+    """
+
+    values: Tensor
+    weights: Tensor
+    confidences: Tensor
+    topics: tuple[str, ...]
+
+    @property
+    def samples(self) -> Samples:
+        """Those that are of the class; raises FitError where none is."""
+        return Samples.of(self.values, self.weights, self.topics)
+
+    def outside(self, topics: Sequence[str]) -> Samples:
+        """The class without the samples on some topics."""
+        kept = torch.tensor([topic not in topics for topic in self.topics])
+        return Samples.of(self.values, self.weights * kept, self.topics)
+
+
+def area_under_curve(refused: Tensor, answered: Tensor) -> float:
+    """The share of pairs in which the refused value is the larger; ties count half.
+
+    This is the area under the ROC curve: 0.5 is chance, 1 is a perfect separation.
+    """
+    gaps = refused[:, None] - answered[None]
+    return float(((gaps > 0).double() + 0.5 * (gaps == 0)).mean())
+
+
+def pearson(first: Tensor, second: Tensor) -> float | None:
+    """Pearson's r of two series; None where one does not vary."""
+    one, other = first - first.mean(), second - second.mean()
+    scale = one.norm() * other.norm()
+    return float(one @ other / scale) if scale > 0 else None
+
+
+def held_out(
+    estimate: Callable[[Samples, Samples], Tensor],
+    refused: Observed,
+    answered: Observed,
+    folds: int = FOLDS,
+) -> dict[str, float]:
+    """`auc` and `r` of projections on directions that have not seen the prompt's topic.
+
+    Topics are dealt into folds; each fold's prompts are projected on the direction of the
+    others, 0 at the answered mean and 1 at the refused one. `auc` is over the two classes,
+    `r` against c(x) over all prompts of both roles. Figures that the data do not allow
+    are left out. In place of accuracy on the fitting topics, where probes are perfect even
+    for labels that mean nothing (arXiv:2603.18280). r is the layer choice of Refusal
+    Steering (arXiv:2512.16602).
+    """
+    topics = sorted(set(refused.topics) | set(answered.topics), key=_digest)
+    places = {topic: place % folds for place, topic in enumerate(topics)}
+    read = [torch.zeros(len(one.values), dtype=torch.float64) for one in (refused, answered)]
+    for fold in range(min(folds, len(topics))):
+        left_out = [topic for topic in topics if places[topic] == fold]
+        try:
+            classes = refused.outside(left_out), answered.outside(left_out)
+        except FitError:
+            return {}
+        direction = estimate(*classes)
+        low, high = (float(one.mean @ direction) for one in reversed(classes))
+        if not high > low:
+            return {}
+        for role, scores in zip((refused, answered), read, strict=True):
+            rows = torch.tensor([places[topic] == fold for topic in role.topics])
+            scores[rows] = (role.values[rows].to(torch.float64) @ direction - low) / (high - low)
+    found = {"auc": area_under_curve(read[0][refused.weights > 0], read[1][answered.weights > 0])}
+    confidences = torch.cat([refused.confidences, answered.confidences])
+    r = pearson(torch.cat(read), confidences.to(torch.float64))
+    return found if r is None else found | {"r": r}
+
+
+def _digest(topic: str) -> str:
+    return sha256(topic.encode()).hexdigest()

@@ -1,0 +1,258 @@
+"""The chat judge: a model behind any server that speaks OpenAI's chat completions."""
+
+import email.utils
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from bake.errors import JudgeError
+from bake.judge import Exchange, Verdict
+from bake.judge.cache import Replies
+from bake.judge.instruction import messages, read_verdict
+from bake.judge.thinking import THINK_TAGS, Thinking
+from bake.progress import note, progress
+
+__all__ = ["ChatJudge", "Server", "Usage"]
+
+LONGEST = 8 << 20  # bytes of one response
+LONGEST_WAIT = 60.0  # seconds between two attempts
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a judge is served, and how patient to be with it.
+
+    `url` is the base URL, `key` the name of the environment variable with the API key;
+    `tokens` bounds a reply, `timeout` is in seconds a request, `attempts` counts requests
+    for one reply, `concurrent` those at a time; the first pause between attempts is of
+    `pause` seconds, and each is twice the one before.
+    """
+
+    url: str
+    model: str
+    key: str | None = None
+    tokens: int = 512
+    timeout: float = 120.0
+    attempts: int = 6
+    concurrent: int = 8
+    pause: float = 1.0
+
+
+@dataclass
+class Usage:
+    """What a judge has cost so far: verdicts, those that were cached, tokens in and out."""
+
+    verdicts: int = 0
+    cached: int = 0
+    unread: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.verdicts} verdicts ({self.cached} from the cache, {self.unread} not readable), "
+            f"{self.tokens_in} tokens in, {self.tokens_out} out"
+        )
+
+
+class _PassingError(Exception):
+    """A failure that may pass: its reason, and how long the server asks to wait."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass
+class ChatJudge:
+    """Ask a server for every verdict, several at a time; equal questions are asked once."""
+
+    server: Server
+    replies: Replies
+    thinking: Thinking = THINK_TAGS
+    usage: Usage = field(default_factory=Usage)
+    name: ClassVar[str] = "chat"
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """One verdict an exchange, unread where the reply states none.
+
+        Raises JudgeError when the server does not answer in the attempts that it is given,
+        refuses the request, or sends what is no chat completion. Replies that came before
+        stay in the cache.
+        """
+        requests = {one: self._request(one) for one in dict.fromkeys(exchanges)}
+        replies = {one: self.replies.get(request) for one, request in requests.items()}
+        missing = [one for one, reply in replies.items() if reply is None]
+        self.usage.cached += len(exchanges) - len(missing)
+        if missing:
+            headers = self._headers()
+            stop = threading.Event()
+            with (
+                progress("judge", len(missing)) as update,
+                _pool(self.server.concurrent, stop) as pool,
+            ):
+                asked = {
+                    pool.submit(self._ask, requests[one], headers, stop): one for one in missing
+                }
+                for done in as_completed(asked):
+                    replies[asked[done]] = done.result()
+                    update(1)
+        verdicts = [self._verdict(replies[one] or "") for one in exchanges]
+        self.usage.verdicts += len(verdicts)
+        self.usage.unread += sum(one.label == 0 for one in verdicts)
+        if exchanges:
+            note(f"judge: {self.usage}")
+        return verdicts
+
+    def _verdict(self, reply: str) -> Verdict:
+        return read_verdict(self.thinking.answer(reply) or "")
+
+    def _request(self, exchange: Exchange) -> dict[str, object]:
+        """What is asked; the cache goes by all of it."""
+        return {
+            "url": self.server.url,
+            "body": {
+                "model": self.server.model,
+                "messages": messages(exchange),
+                "temperature": 0,
+                "max_tokens": self.server.tokens,
+            },
+        }
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.server.key:
+            key = os.environ.get(self.server.key, "").strip()
+            if not key:
+                raise JudgeError(
+                    f"judge.key: the environment variable {self.server.key} is not set; "
+                    "put the server's API key there"
+                )
+            headers["Authorization"] = f"Bearer {key}"
+        return headers
+
+    def _ask(
+        self, request: Mapping[str, object], headers: Mapping[str, str], stop: threading.Event
+    ) -> str:
+        """One reply, in as many attempts as it may take; kept in the cache."""
+        url = f"{self.server.url.rstrip('/')}/chat/completions"
+        sent = urllib.request.Request(url, json.dumps(request["body"]).encode(), dict(headers))
+        for attempt in range(1, self.server.attempts + 1):
+            try:
+                reply = self._reply(_send(sent, self.server.timeout))
+            except _PassingError as error:
+                wait = max(error.wait, _backoff(attempt, self.server.pause))
+                if attempt == self.server.attempts or stop.wait(wait):
+                    tries = f"{attempt} attempts" if attempt > 1 else "1 attempt"
+                    raise JudgeError(
+                        f"judge.url: {url}: {error}, after {tries}; check that the server runs "
+                        "and serves this path, or raise judge.timeout or judge.attempts"
+                    ) from error
+            else:
+                self.replies.put(request, reply)
+                return reply
+        raise AssertionError("attempts is at least 1")
+
+    def _reply(self, body: bytes) -> str:
+        """The text of a chat completion; raises _PassingError for anything else."""
+        try:
+            found = json.loads(body)
+            content = found["choices"][0]["message"].get("content")
+            usage = found.get("usage") or {}
+            tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+            start = " ".join(body[:60].decode("utf-8", "replace").split())
+            raise _PassingError(f"what came is no chat completion: {start!a}") from error
+        with _COUNTING:
+            self.usage.tokens_in += tokens[0] if isinstance(tokens[0], int) else 0
+            self.usage.tokens_out += tokens[1] if isinstance(tokens[1], int) else 0
+        # A reasoning model that ran out of tokens says nothing at all: that is no verdict.
+        return content if isinstance(content, str) else ""
+
+
+_COUNTING = threading.Lock()
+
+
+def _send(request: urllib.request.Request, timeout: float) -> bytes:
+    """The body of the response, within `timeout` seconds in all.
+
+    Raises _PassingError for what may pass, JudgeError for what will not.
+    """
+    started = time.monotonic()
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            parts: list[bytes] = []
+            while part := response.read1(1 << 16):
+                parts.append(part)
+                if time.monotonic() - started > timeout:
+                    raise _PassingError(f"no whole answer within {timeout:g} s")
+                if sum(map(len, parts)) > LONGEST:
+                    raise _PassingError(f"the answer is longer than {LONGEST >> 20} MiB")
+            return b"".join(parts)
+    except urllib.error.HTTPError as error:
+        reason = f"HTTP {error.code}{_said(error)}"
+        if error.code not in PASSING:
+            raise JudgeError(
+                f"judge.url: {request.full_url}: {reason}; check judge.url, judge.model and "
+                "judge.key"
+            ) from error
+        raise _PassingError(reason, _asked_wait(error.headers.get("Retry-After"))) from error
+    except TimeoutError as error:
+        raise _PassingError(f"no answer within {timeout:g} s") from error
+    except urllib.error.URLError as error:
+        late = isinstance(error.reason, TimeoutError)
+        reason = f"no answer within {timeout:g} s" if late else str(error.reason)
+        raise _PassingError(reason) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _PassingError(f"the connection broke: {error or type(error).__name__}") from error
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The server's own words, where its answer has them as OpenAI's does; else nothing."""
+    try:
+        found: Any = json.loads(error.read(1 << 16))
+        message = found["error"]["message"] if isinstance(found["error"], dict) else found["error"]
+        return f" ({' '.join(str(message).split())[:200]})"
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return ""
+
+
+def _asked_wait(header: str | None) -> float:
+    """Seconds of a Retry-After header, which has a number or a date; 0 where there is none."""
+    if not header:
+        return 0.0
+    try:
+        wait = float(header)
+    except ValueError:
+        try:
+            wait = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(wait, 0.0), LONGEST_WAIT)
+
+
+def _backoff(attempt: int, pause: float) -> float:
+    """Seconds before the next attempt, more or less, so that not all come at once."""
+    return min(LONGEST_WAIT, pause * 2.0 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+
+
+@contextmanager
+def _pool(size: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """Threads that start nothing new, and wait no longer, once the body is left."""
+    pool = ThreadPoolExecutor(size)
+    try:
+        yield pool
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,99 @@
+"""The local judge: any causal language model with a chat template, through transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bake.errors import JudgeError
+from bake.judge import Exchange, Verdict
+from bake.judge.instruction import messages, read_verdict
+from bake.judge.thinking import THINK_TAGS, Thinking
+from bake.progress import progress
+
+__all__ = ["LocalJudge"]
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """Verdicts of a model in this process, greedily, `batch` at a time.
+
+    `model` is a folder or a Hub id; it is loaded when the first verdict is asked for.
+    """
+
+    model: str
+    revision: str | None = None
+    tokens: int = 512
+    batch: int = 8
+    thinking: Thinking = THINK_TAGS
+    name: ClassVar[str] = "local"
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """One verdict an exchange, unread where the reply states none.
+
+        Raises JudgeError when the model cannot be loaded.
+        """
+        import torch
+
+        from bake.model import batches
+
+        model, tokenizer = self._loaded
+        chats = [self._rendered(tokenizer, one) for one in exchanges]
+        found: list[Verdict] = [read_verdict("")] * len(chats)
+        with progress("judge", len(chats)) as update:
+            for part in batches(chats, tokenizer.pad_token_id, self.batch):
+                with torch.inference_mode():
+                    written = model.generate(
+                        input_ids=part.ids,
+                        attention_mask=part.mask,
+                        max_new_tokens=self.tokens,
+                        do_sample=False,
+                        temperature=None,
+                        top_p=None,
+                        top_k=None,
+                        pad_token_id=tokenizer.pad_token_id,
+                    )
+                replies = written[:, part.ids.shape[1] :].tolist()
+                for row, ids in zip(part.rows, replies, strict=True):
+                    reply = tokenizer.decode(ids, skip_special_tokens=True)
+                    found[row] = read_verdict(self.thinking.answer(reply) or "")
+                update(len(part.rows))
+        return found
+
+    def _rendered(self, tokenizer: Any, exchange: Exchange) -> list[int]:
+        """The token ids of the chat; its system message goes first where templates have none."""
+        from jinja2 import TemplateError
+
+        chat = messages(exchange)
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        try:
+            return list(tokenizer.apply_chat_template(chat, **options))
+        except TemplateError:
+            joined = "\n\n".join(one["content"] for one in chat)
+            single = [{"role": "user", "content": joined}]
+            return list(tokenizer.apply_chat_template(single, **options))
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        where = {"revision": self.revision, "local_files_only": Path(self.model).is_dir()}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto", **where)
+            tokenizer = AutoTokenizer.from_pretrained(self.model, **where)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise JudgeError(
+                f"judge.model: {self.model}: transformers cannot load it: {reason}; give a local "
+                "folder or a Hub id of a causal language model"
+            ) from error
+        if tokenizer.chat_template is None:
+            raise JudgeError(
+                f"judge.model: {self.model}: the tokenizer has no chat template; give a chat model"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return model.eval(), tokenizer
