@@ -20,6 +20,7 @@ from bake.errors import ArchitectureError, FitError
 from bake.fit.constant import with_constants
 from bake.fit.run import fit
 from bake.hooks import Intervention, on_output, steered
+from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel
 from bake.ops.add import Add
 from bake.ops.gate import Gate
@@ -186,8 +187,11 @@ class ByWord:
 
     name = "by word"
 
-    def refuses(self, prompt: str, answer: str) -> bool:
-        return prompt.startswith(("w1 ", "w2 "))
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [
+            Verdict(REFUSED if one.prompt.startswith(("w1 ", "w2 ")) else ANSWERED)
+            for one in exchanges
+        ]
 
 
 @pytest.mark.parametrize("model_type", POST_NORMS)
