@@ -53,7 +53,9 @@ from tests.tiny import TINY, write_tiny
 
 LAYERS = (8, 15, 22)
 RIDGE: float = AddSpec.model_fields["ridge"].default
-TOKENS, LONG = 64, 768
+PASSAGES, TOKENS, LONG = 14, 56, 640
+# One position in so many is compared: the vocabulary makes comparing as dear as running.
+STEP = 3
 # Topics of the built-in texts by kind; all others are prose and chats.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "code": ("code-",),
@@ -110,7 +112,9 @@ def in_words(cell: tuple[str, object]) -> str:
     name, value = cell
     if not isinstance(value, float):
         return "–" if value is None else str(value)
-    return f"{value:.2%}" if name.startswith(("lost", "constant")) else f"{value:.0e}"
+    if name.startswith(("lost", "constant")):
+        return f"{value:.2%}"
+    return f"{value:.0e}" if value else "0"
 
 
 # Real models.
@@ -144,9 +148,10 @@ def real(name: str, folder: Path) -> Iterator[Row]:
         length = 0.5 * float(norms[f"norm {layer}"].gram.trace().sqrt())
         vector = length * direction / direction.norm()
         adds.append(Add(layer, "mid", vector, carried, readout.float()))
-    shares = [{kind: lost(model, add, found) for kind, found in held_out.items()} for add in adds]
-    for add, by_kind in zip(adds, shares, strict=True):
+    shares = {kind: lost(model, adds, found) for kind, found in held_out.items()}
+    for number, add in enumerate(adds):
         assert add.readout is not None
+        by_kind = {kind: found[number] for kind, found in shares.items()}
         row: Row = {"model": name, "layer": add.layer}
         for kind, moments in measured.items():
             row[f"constant, {kind}"] = constant_error(add.readout.double(), moments[add.layer])
@@ -173,12 +178,12 @@ def texts(model: LiveModel) -> tuple[Texts, Texts]:
         "chats": [spoken(model.render(one.text)) for one in general[::4]],
         "own text": own_text(model),
     }
-    inside = passages(model, prose[1::2], TOKENS)
-    chats = [spoken(model.render(one.text)) for one in general[1::16]]
+    inside = passages(model, prose[1::2][:PASSAGES], TOKENS)
+    chats = [spoken(model.render(one.text)) for one in general[1::32]]
     context = "\n\n".join(one.text for one in prose[1::2])
     return fitted, {
         "in domain": [*inside, *chats],
-        **{kind: passages(model, found, TOKENS) for kind, found in by_kind.items()},
+        **{kind: passages(model, found[:PASSAGES], TOKENS) for kind, found in by_kind.items()},
         "long context": [spoken(tokens(model, context)[:LONG])],
     }
 
@@ -199,17 +204,22 @@ def spoken(ids: Sequence[int]) -> Conversation:
     return Conversation(tuple(ids), len(ids) - 1, tuple(range(len(ids))))
 
 
-def lost(model: LiveModel, add: Add, chosen: Sequence[Conversation]) -> Divergence:
-    """How far the edited model is from the hooked one."""
-    total = Divergence()
+def lost(model: LiveModel, adds: Sequence[Add], chosen: Sequence[Conversation]) -> list[Divergence]:
+    """How far the model edited for each addition is from the hooked one."""
+    totals = [Divergence() for _ in adds]
     for batch in batches([one.ids for one in chosen], model.tokenizer.pad_token_id, 8):
-        real_tokens = batch.mask.bool()
-        base = model.logits(batch)[real_tokens]
-        with steered(model, [add]):
-            hooked = model.logits(batch)[real_tokens]
-        with edited(model, add.edits()):
-            total.add(base, hooked, model.logits(batch)[real_tokens])
-    return total
+        base = compared(model, batch)
+        for add, total in zip(adds, totals, strict=True):
+            with steered(model, [add]):
+                hooked = compared(model, batch)
+            with edited(model, add.edits()):
+                total.add(base, hooked, compared(model, batch))
+    return totals
+
+
+def compared(model: LiveModel, batch: Batch) -> Tensor:
+    """The logits of a batch [n, vocabulary] at every third real position."""
+    return model.logits(batch)[batch.mask.bool()][::STEP]
 
 
 @contextmanager
