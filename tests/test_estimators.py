@@ -328,6 +328,18 @@ def test_samples_of_one_topic_are_no_independent_evidence() -> None:
     assert together < 0.93
 
 
+def test_what_was_written_in_pairs_is_drawn_in_pairs() -> None:
+    """What a pair is about cancels in every resample, so it does not make the estimate loose."""
+    about = 20 * drawn(1, 30, 40)
+    topics = [str(row) for row in range(30)]
+    refused = Samples.of(about + 2 * torch.eye(40)[0] + 0.1 * drawn(2, 30, 40), topics=topics)
+    answered = about + 0.1 * drawn(3, 30, 40)
+    paired = Samples.of(answered, topics=topics)
+    apart = Samples.of(answered, topics=[f"other {topic}" for topic in topics])
+    assert bootstrap_cosine(mean_difference, refused, paired, 20, 0) > 0.99
+    assert bootstrap_cosine(mean_difference, refused, apart, 20, 0) < 0.5
+
+
 # --- scores
 
 
