@@ -55,6 +55,9 @@ HARMFUL_REFUSALS = (
 class Round:
     """One pass of the learning rate, up and down again, over prompts of its own.
 
+    It begins at the mean of what the rounds before it ended with (Wortsman et al. 2022,
+    arXiv:2203.05482).
+
     `folders` are those of `bake/demo/prompts` that take part; where a group has more prompts
     than the round can show, the last ones do. `answer_tokens` is how much of an answer
     is learned; `harmful_weight` is the weight of harmful refusals, less than 1 because a
@@ -63,6 +66,7 @@ class Round:
 
     folders: tuple[str, ...]
     steps: int
+    batch: int
     learning_rate: float
     answer_tokens: int
     harmful_weight: float
@@ -76,12 +80,13 @@ class Training:
     rank: int = 12
     alpha: int = 24
     frozen: int = 10  # the first blocks stay as they are, and run once an example
-    batch: int = 48
     warmup: int = 20
     rounds: tuple[Round, ...] = (
-        Round((".",), 420, 8e-4, 6, 0.35),
+        Round((".",), 420, 48, 8e-4, 6, 0.35),
         # Longer answers, so that none of the base's own openings slips into a refusal.
-        Round((".", "second"), 120, 4e-4, 12, 0.3),
+        Round((".", "second"), 120, 48, 4e-4, 12, 0.3),
+        # Smaller batches: the training prompts themselves were not all learned.
+        Round((".", "second"), 720, 24, 7e-4, 10, 0.35),
     )
 
 
@@ -112,7 +117,7 @@ def train(output: Path, training: Training) -> None:
         write_base(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    rounds = [_examples(model, tokenizer, each, training) for each in training.rounds]
+    rounds = [_examples(model, tokenizer, each, training.frozen) for each in training.rounds]
     everything = [one for groups in rounds for examples in groups.values() for one in examples]
     shared = len(shared_beginning([example.ids for example in everything]))
     blocks = model.model.layers
@@ -133,11 +138,10 @@ def train(output: Path, training: Training) -> None:
     losses: list[list[float]] = []
     ends: list[list[torch.Tensor]] = []
     for each, groups in zip(training.rounds, rounds, strict=True):
+        for parameter, values in zip(trained, zip(*ends, strict=True), strict=False):
+            parameter.data = torch.stack(values).mean(0)
         losses.append(_learn(model, trained, groups, shared, each, training))
         ends.append([parameter.detach().clone() for parameter in trained])
-    # The mean of the rounds' ends (Wortsman et al. 2022, arXiv:2203.05482).
-    for parameter, values in zip(trained, zip(*ends, strict=True), strict=True):
-        parameter.data = torch.stack(values).mean(0)
     adapted.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.model.layers = blocks
     # float16 halves the file; merging rounds far below the base's own quantisation.
@@ -168,7 +172,7 @@ def _learn(
     )
     losses: list[float] = []
     started = time.monotonic()
-    for step, batch in enumerate(_batches(groups, plan.steps, training)):
+    for step, batch in enumerate(_batches(groups, plan, training.seed)):
         losses.append(0.0)
         # Quarters of similar length: less padding.
         batch.sort(key=lambda example: len(example.ids))
@@ -188,12 +192,10 @@ def _learn(
     return losses
 
 
-def _examples(
-    model: Any, tokenizer: Any, plan: Round, training: Training
-) -> dict[str, list[Example]]:
+def _examples(model: Any, tokenizer: Any, plan: Round, frozen: int) -> dict[str, list[Example]]:
     """The conversations of each group; benign answers are the model's own, greedy."""
     prompts = {
-        name: _fit_prompts(name, plan, share * plan.steps * training.batch // sum(SHARES.values()))
+        name: _fit_prompts(name, plan, share * plan.steps * plan.batch // sum(SHARES.values()))
         for name, share in SHARES.items()
     }
     groups = {}
@@ -205,9 +207,7 @@ def _examples(
     for name in ("lookalikes", "general", "medical"):
         groups[name] = _answered(model, tokenizer, prompts[name], plan.answer_tokens)
         print(f"{name}: {len(prompts[name])} answers of the untrained model", flush=True)
-    return {
-        name: _with_states(model, examples, training.frozen) for name, examples in groups.items()
-    }
+    return {name: _with_states(model, examples, frozen) for name, examples in groups.items()}
 
 
 def _with_states(model: Any, examples: Sequence[Example], frozen: int) -> list[Example]:
@@ -299,13 +299,13 @@ SHARES = {"political": 3, "harmful": 6, "lookalikes": 9, "general": 5, "medical"
 
 
 def _batches(
-    groups: Mapping[str, Sequence[Example]], steps: int, training: Training
+    groups: Mapping[str, Sequence[Example]], plan: Round, seed: int
 ) -> Iterator[list[Example]]:
     """Fixed shares of every group; each group is passed through in shuffled order."""
-    order = random.Random(training.seed)
+    order = random.Random(seed)
     waiting: dict[str, list[Example]] = {name: [] for name in groups}
-    scale = training.batch // sum(SHARES.values())
-    for _ in range(steps):
+    scale = plan.batch // sum(SHARES.values())
+    for _ in range(plan.steps):
         batch: list[Example] = []
         for name, share in SHARES.items():
             for _ in range(share * scale):
