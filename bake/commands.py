@@ -198,6 +198,26 @@ def directions_command(file: str, layer: int | None, output: str | None, overwri
         click.echo(f"\nwritten: {output}")
 
 
+@cli.command("verify")
+@click.argument("folder", metavar="DIR")
+def verify_command(folder: str) -> None:
+    """Read a baked folder once: is every file as the manifest has it?"""
+    from pathlib import Path
+
+    from bake.errors import VerificationError
+    from bake.manifest import differences, read_outputs
+    from bake.progress import progress
+
+    outputs = read_outputs(Path(folder))
+    written = (Path(folder, name) for name in outputs)
+    size = sum(path.stat().st_size for path in written if path.is_file())
+    with progress("verify", size) as update:
+        broken = differences(Path(folder), outputs, update)
+    if broken:
+        raise VerificationError("\n".join(broken))
+    click.echo(f"{folder}: {len(outputs)} files are as the bake wrote them")
+
+
 @cli.command("recipes")
 def recipes_command() -> None:
     """List the recipes that travel with bake."""

@@ -42,7 +42,7 @@ SURVIVING = 0.9
 # Not beside the weights: vLLM (model_loader/default_loader.py, `_prepare_weights`), SGLang and
 # Ollama (convert/reader.go, `parseTensors`) load every *.safetensors of the folder itself.
 DIRECTIONS = Path("steering", "directions.safetensors")
-ROLES = ("target", "protected", "lookalike", "general")
+ROLES = ("target", "protected", "lookalike", "refused", "general")
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,11 @@ class PromptRoles(_Section):
         description="Safe prompts that look like protected ones and must stay answered; "
         "null where they are the target.",
     )
+    refused: PromptSource | None = Field(
+        default=None,
+        description="Prompts of another topic that the model refuses and must go on refusing; "
+        "`fit.refused: refused` takes the direction from them.",
+    )
     general: PromptSource = Field(
         default=PromptSource(set="general"),
         description="Ordinary prompts that must stay as they are.",
@@ -148,7 +153,7 @@ class PromptRoles(_Section):
     def _apart(self) -> "PromptRoles":
         findings: list[tuple[tuple[str | int, ...], str]] = []
         seen: dict[str, PromptSource] = {}
-        for role in ("target", "protected", "lookalike", "general"):
+        for role in ("target", "protected", "lookalike", "refused", "general"):
             source: PromptSource | None = getattr(self, role)
             if source is None:
                 continue
@@ -213,7 +218,7 @@ class Fit(_Section):
     prompts_per_class: int = Field(
         default=150, ge=2, le=1_000_000, description="Prompts at most from each class."
     )
-    refused: Literal["target", "protected"] = Field(
+    refused: Literal["target", "protected", "refused"] = Field(
         default="target", description="The class that supplies the refusing side of the direction."
     )
     contrast: Literal["general", "lookalike", "protected"] = Field(
@@ -491,7 +496,8 @@ class Guard(_Section):
         default=None, description="Percent of target prompts refused afterwards, at least."
     )
     protected_drop: Percent = Field(
-        default=2.0, description="Points that refusals of protected prompts may fall."
+        default=2.0,
+        description="Points that refusals of protected prompts may fall; so for prompts.refused.",
     )
     lookalike_rise: Percent = Field(
         default=2.0, description="Points that refusals of look-alike prompts may rise."
@@ -568,6 +574,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         return  # what follows is about classes that make a direction, and none is made
     if fit.contrast == "lookalike" and recipe.prompts.lookalike is None:
         yield ("fit", "contrast"), "prompts.lookalike is null; name a set there"
+    if fit.refused == "refused" and recipe.prompts.refused is None:
+        yield ("fit", "refused"), "prompts.refused is null; name a set there"
     if fit.contrast == "protected" and fit.refused == "protected":
         yield ("fit", "contrast"), "fit.refused is protected too; compare it with another class"
     if fit.protect != "none" and fit.refused == "protected":

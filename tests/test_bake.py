@@ -13,8 +13,8 @@ from bake.demo import Demo
 from bake.errors import GuardError, VerificationError
 from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
-from bake.manifest import file_hash
-from bake.pipeline import bake
+from bake.manifest import differences, read_outputs
+from bake.pipeline import DIRECTIONS, bake
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
 
@@ -26,10 +26,17 @@ SMALL = (
     "verify.prompts=4",
     "guard={protected_drop: 100, lookalike_rise: 100, general_rise: 100, runtime_gap: 100}",
 )
+ADD = "edits=[{op: add, layer: 15, strength: -1}]"
 
 
 def small(output: Path, *overrides: str) -> LoadedRecipe:
     return load_recipe("political-open", overrides=(*SMALL, *overrides), output=str(output))
+
+
+def added(baked: Path, output: Path, *overrides: str) -> LoadedRecipe:
+    """An unconditional vector from the directions of another bake: nothing is fitted."""
+    directions = f"directions={baked / DIRECTIONS}"
+    return small(output, ADD, directions, *overrides)
 
 
 def files(folder: Path) -> set[str]:
@@ -56,8 +63,7 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         "steering/directions.safetensors",
         "tokenizer.json",
     }
-    for name, digest in manifest["outputs"].items():
-        assert file_hash(baked / name) == digest
+    assert differences(baked, read_outputs(baked)) == []
     assert len(manifest["residuals"]) == len(manifest["gguf"]) == len(manifest["plan"]["edits"])
     assert all(one["surviving_share"] > 0.98 for one in manifest["gguf"])
     assert manifest["measured"]["parity"]["transformers"]["lost_share"] < 1e-4
@@ -114,9 +120,9 @@ def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None
         assert (baked / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_a_broken_guard_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
+def test_a_broken_guard_publishes_nothing(baked: Path, tmp_path: Path) -> None:
     shown: list[str] = []
-    loaded = small(tmp_path / "out", "guard.target_at_least=100", "edits.0.strength=-6")
+    loaded = added(baked, tmp_path / "out", "guard.target_at_least=100")
     with pytest.raises(GuardError, match="target refusals are") as caught:
         bake(loaded, show=shown.append)
     assert caught.value.exit_code == 3
@@ -124,18 +130,17 @@ def test_a_broken_guard_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lost_parity_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
-    loaded = small(tmp_path / "out", "verify.gguf_lost_share=1e-9")
+def test_lost_parity_publishes_nothing(baked: Path, tmp_path: Path) -> None:
+    loaded = added(baked, tmp_path / "out", "verify.gguf_lost_share=1e-9")
     with pytest.raises(VerificationError, match=r"parity, llama\.cpp") as caught:
         bake(loaded)
     assert caught.value.exit_code == 4
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_added_vector_matches_llama_cpps_control_vector(demo: Demo, tmp_path: Path) -> None:
+def test_an_added_vector_matches_llama_cpps_control_vector(baked: Path, tmp_path: Path) -> None:
     """`add` through the bias, in both formats; for the second the reference is llama.cpp's own."""
-    add = "edits=[{op: add, layer: 15, strength: -1}]"
-    folder = bake(small(tmp_path / "out", add))
+    folder = bake(added(baked, tmp_path / "out"))
     parity = json.loads((folder / "bake.json").read_text())["measured"]["parity"]
     assert parity["transformers"]["lost_share"] < 1e-4
     assert parity["llama.cpp, its own control vector"]["lost_share"] < 1e-2
@@ -145,10 +150,11 @@ def test_an_added_vector_matches_llama_cpps_control_vector(demo: Demo, tmp_path:
     assert [name for name in gguf.tensors if name.endswith("bias")] == ["blk.15.ffn_down.bias"]
 
 
-def test_an_inserted_block_matches_llama_cpps_control_vector(demo: Demo, tmp_path: Path) -> None:
+def test_an_inserted_block_matches_llama_cpps_control_vector(
+    baked: Path, demo: Demo, tmp_path: Path
+) -> None:
     """`add` through one more block, in both formats, from a GGUF of four bits."""
-    add = "edits=[{op: add, layer: 15, strength: -1, carrier: block}]"
-    folder = bake(small(tmp_path / "out", add))
+    folder = bake(added(baked, tmp_path / "out", "edits.0.carrier=block"))
     manifest = json.loads((folder / "bake.json").read_text())
     parity = manifest["measured"]["parity"]
     assert parity["transformers"]["lost_share"] < 1e-4

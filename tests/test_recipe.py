@@ -290,6 +290,8 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
          "prompts.protected; name another set (or null)"),
         ("prompts: {lookalike: null}\nfit: {contrast: lookalike}",
          "9:17: fit.contrast: prompts.lookalike is null; name a set there"),
+        ("fit: {refused: refused}",
+         "8:16: fit.refused: prompts.refused is null; name a set there"),
         ("fit: {refused: protected, contrast: protected}",
          "8:37: fit.contrast: fit.refused is protected too; compare it with another class"),
         ("fit: {refused: protected, protect: remove}",

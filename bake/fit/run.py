@@ -199,7 +199,7 @@ def _labels(
 
 def _wanted(recipe: Recipe, role: str) -> int:
     """The behaviour that makes a prompt one of its class: 1 refused, -1 answered."""
-    return 1 if role in (recipe.fit.refused, "protected") else -1
+    return 1 if role in (recipe.fit.refused, "protected", "refused") else -1
 
 
 def _conversations(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> list[Conversation]:
