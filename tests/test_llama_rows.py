@@ -35,11 +35,13 @@ ABLATE = {"op": "ablate", "layers": [0, 1]}
 START = {"op": "add", "layer": 0, "site": "in", "strength": 2.0}
 
 
-def gate(*sites: str) -> dict[str, object]:
-    return {"op": "gate", "layers": [2], "sites": list(sites), "strength": 2.0}
+def gate(*sites: str, strength: float = 2.0) -> dict[str, object]:
+    return {"op": "gate", "layers": [2], "sites": list(sites), "strength": strength}
 
 
 BOTH = gate("attention", "mlp")
+# In front of a post-norm what is added is shorter than what the norm writes.
+SHORT = gate("attention", "mlp", strength=0.5)
 # What converters read of a config.json of the Hub, and transformers 5 does not write.
 LOST = {"falcon_h1": {"head_dim": 8}}
 # Tiny models of qwen3_moe, gemma, gemma2, gemma3_text, cohere2, gpt2 and gpt_oss are others in
@@ -52,8 +54,8 @@ ROWS = {
     "qwen3": (ABLATE, BOTH, START),
     "mixtral": (ABLATE, gate("attention")),
     "phi3": (ABLATE, BOTH, START),
-    "olmo2": (ABLATE, BOTH, START),
-    "glm4": (ABLATE, BOTH, START),
+    "olmo2": (ABLATE, SHORT, START),
+    "glm4": (ABLATE, SHORT, START),
     "granite": (ADD, ABLATE, BOTH, START),
     "smollm3": (ABLATE, BOTH, START),
     "stablelm": (ABLATE, BOTH, START),
