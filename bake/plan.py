@@ -4,7 +4,7 @@ A plan refuses what cannot be baked before any weight is touched; its numbers
 come from the fit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from bake.arch import Arch, Block
@@ -197,11 +197,12 @@ def _check_order(steps: Iterable[Step], base: Checkpoint, arch: Arch) -> None:
     """Refuse edits of one tensor in an order that hooks do not have.
 
     Hooks act from the inside out: gates at a writer, ablations at the sum of a branch's
-    writers, `add` at `mid` there too or behind a post-norm, `add` at `out` behind the block.
-    Norm-preserving ones act at a writer too, and read the base's weights.
+    writers or at an embedding, `add` at `mid` there too or behind a post-norm, `add` at `in`
+    and `out` around the block. Norm-preserving ablations act at a writer too, and read the
+    base's weights.
     """
     edited: dict[str, int] = {}
-    behind: dict[tuple[str, str, str], int] = {}
+    behind: dict[tuple[str, str], int] = {}
     normed = {
         one.weight
         for written in arch.written(base.tensors).values()
@@ -215,26 +216,30 @@ def _check_order(steps: Iterable[Step], base: Checkpoint, arch: Arch) -> None:
                     f"edits.{number}: {edit.tensor} is edited by edits.{edited[edit.tensor]} "
                     "already, and this edit reads the base's weights; name it first"
                 )
-            other = _outer(edit, behind, edit.tensor in normed)
-            if edit.operator != "add" and other is not None:
+            other = behind.get((edit.tensor, edit.operator))
+            if other is not None:
                 raise ArchitectureError(
-                    f"edits.{number}: {edit.tensor} is edited by edits.{other} already, whose "
-                    f"hook acts behind this one's; name the {edit.operator} first"
+                    f"edits.{number}: {edit.tensor}: edits.{other} acts behind this edit; "
+                    f"name the {edit.operator} first"
                 )
         edited |= {edit.tensor: number for edit in step.edits}
-        if not step.reads_base:
-            behind |= {(one.tensor, one.operator, one.site): number for one in step.edits}
+        behind |= dict.fromkeys(_inner(step, normed), number)
 
 
-def _outer(
-    edit: PlannedEdit, behind: Mapping[tuple[str, str, str], int], normed: bool
-) -> int | None:
-    """The number of an earlier edit of the tensor whose hook acts behind this edit's, if any."""
-    if edit.operator == "gate":
-        return behind.get((edit.tensor, "ablate", edit.site))
-    sites = ("out", "mid") if normed else ("out",)
-    found = (behind.get((edit.tensor, "add", site)) for site in sites)
-    return next((number for number in found if number is not None), None)
+def _inner(step: Step, normed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The tensors and operators whose hooks act inside this step's, and so must come before it.
+
+    An ablation does not cut a bias that the base does not have, so one that an `add` creates
+    at `mid` must come behind it too.
+    """
+    created = {tensor.name: tensor.beside for tensor in step.created}
+    for edit in step.edits:
+        if edit.operator == "ablate" and not step.reads_base:
+            yield edit.tensor, "gate"
+        elif edit.operator == "add" and (edit.site != "mid" or edit.tensor in normed):
+            yield edit.tensor, "ablate"
+        elif edit.operator == "add" and edit.tensor in created:
+            yield created[edit.tensor], "ablate"
 
 
 def direction_layers(recipe: Recipe) -> tuple[int, ...]:
@@ -265,10 +270,11 @@ def _given(recipe: Recipe, directions: Directions, layers: int, width: int) -> s
             f"need; it has {in_words(directions.layers)}, so change edits or the file"
         )
     for number, spec in enumerate(recipe.edits):
-        if spec.op == "ablate" and spec.variant in ("projected", "affine"):
+        variants = set(spec.variant) if spec.op == "ablate" else set()
+        for variant in variants & {"projected", "affine"}:
             raise DirectionsError(
                 f"{recipe.directions}: has no mean of the answered class, which edits.{number}."
-                f"variant: {spec.variant} needs; use variant: plain, or leave out directions"
+                f"variant: {variant} needs; use variant: plain, or leave out directions"
             )
     origin = directions.origin
     about = [f"{name} {text}" for name, text in origin.as_json().items() if text]
