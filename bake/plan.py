@@ -4,6 +4,7 @@ A plan refuses what cannot be baked before any weight is touched; its numbers
 come from the fit.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -69,7 +70,7 @@ class Plan:
         """What the plan chose, and why."""
         given = [self.directions] if self.directions else []
         if self.unquantised:
-            given.append("the edited tensors leave FP8 and are written in BF16; the rest stays")
+            given.append("what is edited or inserted is written in BF16; the rest stays in FP8")
         return (*given, *(note for step in self.steps for note in step.notes))
 
     def as_json(self) -> dict[str, object]:
@@ -156,16 +157,11 @@ def make_plan(
     layers, width = arch.layer_count(base.config), arch.width(base.config)
     given = _given(recipe, directions, layers, width) if directions else ""
     after = tuple(sorted({layer for step in steps for layer in step.inserted}))
-    scaled = dict.fromkeys(
-        edit.tensor for step in steps for edit in step.edits if edit.tensor in base.beside
-    )
-    plain = [name for name, one in base.tensors.items() if not one.scale and len(one.shape) == 2]
-    plan = Plan(
-        *(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given),
-        unquantised=left_unquantised(base.config, scaled, plain) if scaled else {},
-    )
+    plan = Plan(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given)
     if after:
         plan = _with_blocks(plan, recipe, base, arch)
+    if base.beside:
+        plan = replace(plan, unquantised=_unquantised(plan, base))
     for edit in plan.edits:
         if edit.dtype not in EDITABLE:
             raise CheckpointError(
@@ -185,11 +181,42 @@ def _with_blocks(plan: Plan, recipe: Recipe, base: Checkpoint, arch: Arch) -> Pl
                 f"edits: {len(after)} inserted blocks: {runtime} {refusals[runtime]}; "
                 "insert another number of blocks, or change runtimes"
             )
-    names = [*base.tensors, *(tensor.name for tensor in plan.created)]
+    scales = [one.name for beside in base.beside.values() for one in beside]
+    names = [*base.tensors, *scales, *(tensor.name for tensor in plan.created)]
     return replace(
         plan,
         renamed=plan.insertion.renamed(names),
         inserted_config=inserted_config(arch, arch.block, base.config, after),
+    )
+
+
+def _unquantised(plan: Plan, base: Checkpoint) -> dict[str, object]:
+    """What changes in config.json where matrices are written in BF16 beside others in FP8."""
+    insertion = plan.insertion
+    edited = dict.fromkeys(edit.tensor for edit in plan.edits if edit.tensor in base.beside)
+    inserted = [
+        tensor.name
+        for tensor in plan.created
+        if insertion.original(tensor.name) and len(tensor.shape) == 2
+    ]
+    plain = [name for name, one in base.tensors.items() if not one.scale and len(one.shape) == 2]
+    return left_unquantised(
+        base.config,
+        [plan.name(name) for name in (*edited, *inserted)],
+        [plan.name(name) for name in plain],
+        lambda module: _moved_module(module, insertion, base),
+    )
+
+
+def _moved_module(module: str, insertion: Insertion, base: Checkpoint) -> str:
+    """What a module that config.json names is called once blocks are inserted."""
+    name = f"{module}."
+    there = any(tensor.startswith(name) for tensor in base.tensors)
+    if not insertion.after or there or not re.search(r"\d", module):
+        return insertion.renamed([name]).get(name, name)[:-1]
+    raise ArchitectureError(
+        f"config.json: quantization_config names {module}, which is no module of the checkpoint, "
+        "so bake cannot say what it is called once a block is inserted; use carrier: ridge"
     )
 
 

@@ -8,7 +8,7 @@ transformers (integrations/finegrained_fp8.py, `replace_with_fp8_linear`) and vL
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -112,15 +112,21 @@ def dequantised(weight: Tensor, scale: Tensor, name: str) -> Tensor:
 
 
 def left_unquantised(
-    config: Mapping[str, Any], edited: Iterable[str], matrices: Iterable[str]
+    config: Mapping[str, Any],
+    written: Sequence[str],
+    matrices: Iterable[str],
+    moved: Callable[[str], str],
 ) -> dict[str, object]:
-    """What changes in config.json, by path, when the FP8 weights `edited` become bfloat16.
+    """What changes in config.json, by path, when the weights `written` are in bfloat16.
 
-    Without a list of its own, transformers leaves out what its class says; a list replaces
-    that, so `matrices`, those that are not quantised on disk, are then named too. Raises
+    `moved` says what a module of the list that config.json has is called afterwards. Without
+    such a list, transformers leaves out what its class says; a list replaces that, so
+    `matrices`, those that are not quantised on disk, are then named too. Raises
     ArchitectureError for one expert, since a layer's experts are of one type in memory.
     """
-    modules = [name.removesuffix(".weight") for name in edited]
+    if not written:
+        return {}
+    modules = [name.removesuffix(".weight") for name in written]
     for module in modules:
         if re.search(r"\.experts\.", module):
             raise ArchitectureError(
@@ -129,8 +135,11 @@ def left_unquantised(
             )
     chosen = _section(config[SECTION])
     key = "ignored_layers" if "ignored_layers" in chosen else "modules_to_not_convert"
-    before = chosen.get(key) or [name.removesuffix(".weight") for name in matrices]
-    assert isinstance(before, list)
+    named = chosen.get(key)
+    if named:
+        before = [moved(name) for name in named]
+    else:
+        before = [name.removesuffix(".weight") for name in matrices]
     return {f"{SECTION}.{key}": [*before, *(one for one in modules if one not in before)]}
 
 
