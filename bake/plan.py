@@ -212,7 +212,9 @@ def _moved_module(module: str, insertion: Insertion, base: Checkpoint) -> str:
     """What a module that config.json names is called once blocks are inserted."""
     name = f"{module}."
     there = any(tensor.startswith(name) for tensor in base.tensors)
-    if not insertion.after or there or not re.search(r"\d", module):
+    if not insertion.after or not re.search(r"\d", module):
+        return module
+    if there:
         return insertion.renamed([name]).get(name, name)[:-1]
     raise ArchitectureError(
         f"config.json: quantization_config names {module}, which is no module of the checkpoint, "

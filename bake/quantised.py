@@ -95,20 +95,31 @@ def companions(weight: str) -> tuple[str, ...]:
 def dequantised(weight: Tensor, scale: Tensor, name: str) -> Tensor:
     """W8 · scale in float32: one scale for all of W8 [.., m, n], or [.., rows, columns] blocks.
 
-    Raises CheckpointError for blocks that do not divide the weight, as transformers does.
+    Raises CheckpointError for blocks that do not divide the weight, as transformers does, and
+    for scales that are no real numbers. Blocks are as wide as a power of two, so where it
+    comes out otherwise the last one is a smaller one.
     """
     values = weight.to(torch.float32)
     factors = scale.to(torch.float32)
-    if factors.numel() == 1:
+    if scale.dtype.is_floating_point and factors.numel() == 1:
         return values * factors.reshape(())
-    rows, columns = factors.shape[-2:]
-    if factors.ndim != values.ndim or values.shape[-2] % rows or values.shape[-1] % columns:
+    rows, columns = factors.shape[-2:] if factors.ndim == values.ndim else (0, 0)
+    if not scale.dtype.is_floating_point or not (
+        _divides(rows, values.shape[-2]) and _divides(columns, values.shape[-1])
+    ):
         raise CheckpointError(
-            f"{name}: its scale has shape {tuple(scale.shape)}, which does not divide "
-            f"{tuple(weight.shape)}; give a bfloat16 copy"
+            f"{name}: its scale is {scale.dtype} {tuple(scale.shape)}, which does not divide "
+            f"{tuple(weight.shape)} into equal blocks; give a bfloat16 copy"
         )
     across = factors.repeat_interleave(values.shape[-1] // columns, -1)
     return values * across.repeat_interleave(values.shape[-2] // rows, -2)
+
+
+def _divides(blocks: int, length: int) -> bool:
+    """Whether so many blocks of a scale each make a length: one, or some of a power of two."""
+    if blocks < 1 or length % blocks:
+        return False
+    return blocks == 1 or (length // blocks).bit_count() == 1
 
 
 def left_unquantised(

@@ -415,6 +415,18 @@ def test_existing_biases_and_other_variants_of_a_row(
     assert left_in_stream(after, direction, layers) < 1e-6
 
 
+def test_a_bias_that_is_there_already_may_be_dropped_too(tmp_path: Path) -> None:
+    """llama.cpp loads falcon-h1's attn_output.bias and never adds it (falcon-h1.cpp:91, 153)."""
+    write_tiny("falcon_h1", tmp_path, attention_bias=True)
+    base, arch = Checkpoint.open(tmp_path), ARCHS["falcon_h1"]
+    spec = {"op": "add", "layer": 1, "site": "mid", "strength": 1.0, "carrier": "bias"}
+    make_plan(recipe_of(spec, runtimes=("transformers", "mlx")), base, arch)
+    with pytest.raises(
+        ArchitectureError, match=r"llama\.cpp would drop a bias of self_attn\.o_proj"
+    ):
+        make_plan(recipe_of(spec, runtimes=("transformers", "llama.cpp")), base, arch)
+
+
 def test_gpt2_without_its_prefix_is_the_same_model(tmp_path: Path) -> None:
     """The Hub's gpt2 stores `h.0.attn.c_attn.weight`, with the causal masks beside."""
     folder = tmp_path / "bare"

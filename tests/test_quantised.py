@@ -75,6 +75,14 @@ def write_headers(folder: Path, config: Mapping[str, object], *names: str) -> Pa
             *(f"{DOWN}.weight", r"quantization_config\.scale_fmt: is 'ue8m0'", "bfloat16 copy"),
         ),
         (
+            {"quantization_config": FP8 | {"expert_dtype": "fp4"}},
+            *(f"{DOWN}.weight", r"quantization_config\.expert_dtype: is 'fp4'", "bfloat16 copy"),
+        ),
+        (
+            {"quantization_config": FP8 | {"fmt": "e5m2"}},
+            *(f"{DOWN}.weight", r"quantization_config\.fmt: is 'e5m2'", "bfloat16 copy"),
+        ),
+        (
             {"quantization_config": FP8 | {"weight_block_size": [128]}},
             *(f"{DOWN}.weight", r"weight_block_size: expected two", r"found \[128\]"),
         ),
@@ -319,9 +327,27 @@ def test_dequantised_is_what_transformers_makes_of_it(block: int | None) -> None
     assert torch.equal(dequantised(values, scale, "weight"), theirs)
 
 
-def test_blocks_that_do_not_divide_the_weight_are_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"weight: its scale has shape \(3, 2\)"):
-        dequantised(drawn(1, 32, 32), drawn(2, 3, 2), "weight")
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [
+        ((32, 32), drawn(2, 3, 2)),
+        # Blocks of 16 of which the last has 8 are no two blocks of 12.
+        ((24, 32), drawn(2, 2, 2)),
+        ((32, 24), drawn(2, 2, 2)),
+        ((32, 32), drawn(2, 2)),
+        # Exponents, as MXFP8 has them.
+        ((32, 32), torch.full((2, 2), 127, dtype=torch.uint8)),
+        ((32, 32), torch.full((1, 1), 127, dtype=torch.uint8)),
+    ],
+)
+def test_scales_that_mean_something_else_are_refused(shape: tuple[int, int], scale: Tensor) -> None:
+    with pytest.raises(CheckpointError, match=r"weight: its scale is torch\.\w+ \(.* give a bfl"):
+        dequantised(drawn(1, *shape), scale, "weight")
+
+
+def test_a_scale_a_row_is_read() -> None:
+    weight, scale = drawn(1, 24, 40), drawn(2, 24, 1)
+    assert torch.equal(dequantised(weight, scale, "weight"), weight * scale)
 
 
 def test_one_expert_of_a_layer_cannot_leave_fp8(tmp_path: Path) -> None:
