@@ -77,12 +77,20 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, object]]]] = {
     "gemma": (TIED, (ABLATE, BOTH, START)),
     "gemma2": (TIED | {"query_pre_attn_scalar": 8}, (ABLATE, SHORT)),
     "gemma3_text": (TIED | {"query_pre_attn_scalar": 8}, (ABLATE, SHORT, START)),
-    "cohere": (TIED, (ABLATE, BOTH, START)),
-    "cohere2": (TIED | {"num_hidden_layers": 4, "sliding_window": 4}, (ABLATE, BOTH, START)),
+    "cohere": (TIED | {"logit_scale": 1.0}, (ABLATE, BOTH, START)),
+    "cohere2": (
+        TIED | {"logit_scale": 1.0, "num_hidden_layers": 4, "sliding_window": 4},
+        (ABLATE, BOTH, START),
+    ),
     # The converter says that the MLP is four times as wide as the stream.
     "gpt2": ({"n_inner": 128}, (ADD, ABLATE, BOTH, START)),
     # The weights of the chosen experts sum to 1 in llama.cpp, whatever the config says.
     "qwen3_moe": ({"norm_topk_prob": True}, (ABLATE, ONE, START)),
+    # llama.cpp rounds the bounds of YaRN to whole dimensions, of which tiny heads have few.
+    "gpt_oss": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        (ADD, ABLATE, ONE, START),
+    ),
 }
 CONVERT = """
 import sys

@@ -198,7 +198,8 @@ def tiled_columns(rows: Tensor, heads: tuple[int, int] | None) -> Tensor:
     if heads is None:
         return rows
     keys, values = heads
-    return rows.unflatten(-1, (keys, values // keys, -1)).transpose(-3, -2).flatten(-3)
+    split = rows.reshape(*rows.shape[:-1], keys, values // keys, -1)
+    return split.transpose(-3, -2).reshape(rows.shape)
 
 
 def permuted_rows(rows: Tensor, heads: int) -> Tensor:
