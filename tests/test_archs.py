@@ -532,6 +532,30 @@ def test_a_gguf_of_falcon_h1_has_its_multipliers_in_the_weights(tmp_path: Path) 
         assert not torch.allclose(edit.vector, vector, rtol=0.1)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
+def test_a_gate_follows_the_columns_of_linear_attention_into_the_gguf(
+    tmp_path: Path, model_type: str
+) -> None:
+    """llama.cpp's converter puts the first value head of every key head first, but in Next."""
+    write_tiny(model_type, tmp_path)
+    base, arch = Checkpoint.open(tmp_path), ARCHS[model_type]
+    recipe = recipe_of({"op": "gate", "layers": [1], "sites": ["attention"], "strength": 1.0})
+    (one,) = interventions(base, arch, recipe)
+    (edit,) = one.edits()
+    assert edit.tensor == "model.layers.1.linear_attn.out_proj.weight"
+
+    def converted(weight: Tensor) -> Tensor:
+        if model_type == "qwen3_next":
+            return weight
+        # Four value heads of width 8, the first two of one key head.
+        heads = weight.split(8, -1)
+        return torch.cat([heads[place] for place in (0, 2, 1, 3)], -1)
+
+    weight = base.read(edit.tensor)
+    moved = gguf_edit(edit, arch, base.config)
+    torch.testing.assert_close(moved.apply(converted(weight)), converted(edit.apply(weight)))
+
+
 def test_a_changed_byte_is_found(tiny_llama: Path, tmp_path: Path) -> None:
     base = Checkpoint.open(tiny_llama)
     output = tmp_path / "out"
