@@ -59,6 +59,11 @@ RIDGE: float = AddSpec.model_fields["ridge"].default
 TOKENS, LONG = 96, 640
 # One position in so many is compared: the vocabulary makes comparing as dear as running.
 STEP = 4
+# What the constant is fitted on, by classes of texts.
+FITS: Mapping[str, Sequence[str]] = {
+    "as bake": ("texts", "chats", "own text"),
+    "prose": ("prose", "chats", "own text"),
+}
 FRESH = Path(__file__).parent / "passages.jsonl"
 Texts = Mapping[str, Sequence[Conversation]]
 Row = dict[str, object]
@@ -134,7 +139,7 @@ def real(name: str, folder: Path) -> Iterator[Row]:
     }
     blocks = {layer: Tap(model.block(layer), "output", "decision", "second") for layer in LAYERS}
     classes = {kind: collect(model, found, taps, 8) for kind, found in fitted.items()}
-    measured = {kind: collect(model, found, taps, 8) for kind, found in held_out.items()}
+    measured = {kind: collect(model, held_out[kind], taps, 8) for kind in ("in domain", "code")}
     norms = collect(model, fitted["prose"], blocks, 8)
     adds: dict[tuple[int, str], Add] = {}
     for layer, carried in inputs.items():
@@ -157,13 +162,6 @@ def real(name: str, folder: Path) -> Iterator[Row]:
             one.effect for one in outside
         )
         yield row
-
-
-# What the constant is fitted on, by classes of texts.
-FITS: Mapping[str, Sequence[str]] = {
-    "as bake": ("texts", "chats", "own text"),
-    "prose": ("prose", "chats", "own text"),
-}
 
 
 def fitting_texts(model: LiveModel) -> Texts:

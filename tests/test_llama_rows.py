@@ -91,6 +91,11 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, object]]]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         (ADD, ABLATE, ONE, START),
     ),
+    # As for gpt2, and the converter knows no groups of heads.
+    "phi": ({"intermediate_size": 128, "num_key_value_heads": 4}, (ADD, ABLATE, BOTH, START)),
+    "olmo3": ({}, (ABLATE, SHORT, START)),
+    "glm4_moe": (WIDE, (ABLATE, ONE, START, FIRST)),
+    "granitemoe": ({}, (ADD | {"site": "mid"}, ABLATE, ONE, START)),
 }
 CONVERT = """
 import sys
