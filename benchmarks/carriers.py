@@ -223,8 +223,16 @@ def lost(
 
 
 def compared(model: LiveModel, batch: Batch) -> Tensor:
-    """The logits of a batch [n, vocabulary] at every fourth real position."""
-    return model.logits(batch)[batch.mask.bool()][::STEP]
+    """The logits of a batch [n, vocabulary] in every fourth column, where there is a token."""
+    columns = torch.arange(0, batch.ids.shape[1], STEP)
+    with torch.inference_mode():
+        logits: Tensor = model.model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=(batch.mask.cumsum(-1) - 1).clamp_min(0),
+            logits_to_keep=columns,
+        ).logits
+    return logits[batch.mask[:, columns].bool()]
 
 
 @contextmanager
