@@ -90,6 +90,7 @@ class LiveModel:
             AutoConfig,
             AutoModelForCausalLM,
             AutoModelForMultimodalLM,
+            GenerationConfig,
         )
         from transformers.utils import logging
 
@@ -126,6 +127,10 @@ class LiveModel:
         # Of a checkpoint in FP8 transformers gives the dtype to some of the weights alone.
         if dtype == torch.float32 or (dtype is None and not _fast(model.dtype)):
             nn.Module.float(model)
+        # What else a checkpoint wants of its answers (a penalty of repetitions, a cut of the
+        # vocabulary) no other runtime does by itself, and drawn text would be of another kind.
+        ends = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=ends)
         model.eval()
         return live
 
@@ -262,7 +267,6 @@ class LiveModel:
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                repetition_penalty=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=None,
             )

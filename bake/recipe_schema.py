@@ -29,6 +29,7 @@ from bake.recipe_values import (
     Text,
     Url,
     Variable,
+    Variants,
 )
 
 __all__ = [
@@ -300,10 +301,11 @@ class Ablate(_Section):
     embeddings: bool = Field(
         default=False, description="Whether the token embedding is edited too."
     )
-    variant: Literal["plain", "norm-preserving", "projected", "affine"] = Field(
-        default="plain",
+    variant: Variants = Field(
+        default=("plain",),
         description="`norm-preserving` keeps the norm of every matrix column; the contrast "
-        "class's mean is kept out of the direction by `projected`, put back by `affine`.",
+        "class's mean is kept out of the direction by `projected`, put back by `affine`. A list "
+        "combines them.",
     )
     kernel: Kernel | None = Field(
         default=None, description="How the strength varies over the blocks; constant if null."
@@ -325,7 +327,15 @@ class Ablate(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Ablate":
         findings: list[tuple[tuple[str | int, ...], str]] = []
-        if self.kernel and self.variant == "affine":
+        if "plain" in self.variant and len(self.variant) > 1:
+            findings.append((("variant",), "plain is without the others; leave it out"))
+        if {"projected", "affine"} <= set(self.variant):
+            message = (
+                "projected makes the direction orthogonal to the mean, so affine has nothing of "
+                "it to put back; leave one out"
+            )
+            findings.append((("variant",), message))
+        if self.kernel and "affine" in self.variant:
             message = "variant: affine puts one constant back, for one strength; leave this out"
             findings.append((("kernel",), message))
         if self.kernel and self.embeddings:

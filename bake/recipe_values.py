@@ -29,6 +29,7 @@ __all__ = [
     "Text",
     "Url",
     "Variable",
+    "Variants",
 ]
 
 HIGHEST_LAYER = 999  # beyond every known model; the plan checks the model's own count
@@ -49,6 +50,11 @@ def _layers(value: object) -> object:
     if isinstance(value, list | tuple) and all(type(layer) is int for layer in value):
         return tuple(sorted(set(value)))
     return value
+
+
+def _listed(value: object) -> object:
+    """One name stands for a list of it alone."""
+    return (value,) if isinstance(value, str) else value
 
 
 def _distinct(items: tuple[object, ...]) -> tuple[object, ...]:
@@ -122,6 +128,10 @@ _ITEMS = Field(strict=False, min_length=1)
 Layers: TypeAlias = Annotated[tuple[Layer, ...], _ITEMS, BeforeValidator(_layers)]
 Site: TypeAlias = Literal["attention", "mlp"]
 Sites: TypeAlias = Annotated[tuple[Site, ...], _ITEMS, AfterValidator(_distinct)]
+Variant: TypeAlias = Literal["plain", "norm-preserving", "projected", "affine"]
+Variants: TypeAlias = Annotated[
+    tuple[Variant, ...], _ITEMS, AfterValidator(_distinct), BeforeValidator(_listed)
+]
 Measured: TypeAlias = Literal["transformers", "llama.cpp"]
 Answering: TypeAlias = Annotated[tuple[Measured, ...], _ITEMS, AfterValidator(_distinct)]
 Runtime: TypeAlias = Literal["transformers", "llama.cpp", "ollama", "vllm", "sglang", "mlx"]
