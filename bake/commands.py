@@ -177,13 +177,16 @@ def fit_command(
 @click.option(
     "--layer", type=click.IntRange(0, 999), help="The layer of a file with one bare vector."
 )
+@click.option("--first", is_flag=True, help="Keep the first of several directions of a layer.")
 @click.option("--output", metavar="FILE", help="Convert to .safetensors, or .gguf for llama.cpp.")
 @click.option("--overwrite", is_flag=True, help="Replace the written file if it exists.")
-def directions_command(file: str, layer: int | None, output: str | None, overwrite: bool) -> None:
+def directions_command(
+    file: str, layer: int | None, first: bool, output: str | None, overwrite: bool
+) -> None:
     """Print what a file of directions holds, and convert it."""
     from pathlib import Path
 
-    from bake.directions import Unplaced, read_directions, save_directions
+    from bake.directions import Directions, Unplaced, read_directions, save_directions
     from bake.directions.files import placed
 
     found = read_directions(Path(file))
@@ -191,8 +194,10 @@ def directions_command(file: str, layer: int | None, output: str | None, overwri
         raise click.UsageError(f"{file} names its layers; --layer is for one bare vector")
     if layer is not None or output:
         found = placed(Path(file), found, layer)
-        if output:
-            save_directions(found, Path(output), overwrite)
+    if first and isinstance(found, Directions):
+        found = found.first()
+    if isinstance(found, Directions) and output:
+        save_directions(found, Path(output), overwrite)
     click.echo(found.table())
     if output:
         click.echo(f"\nwritten: {output}")

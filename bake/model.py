@@ -126,7 +126,8 @@ class LiveModel:
         # Of a checkpoint in FP8 transformers gives the dtype to some of the weights alone.
         if dtype == torch.float32 or (dtype is None and not _fast(model.dtype)):
             nn.Module.float(model)
-        model.eval()
+        # Gradients, where a direction is learned, are of the direction alone.
+        model.eval().requires_grad_(False)
         return live
 
     @property
@@ -178,6 +179,21 @@ class LiveModel:
             output = self.model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=_positions(batch.mask)
             )
+        logits: Tensor = output.logits.float()
+        return logits
+
+    def last_logits(self, batch: Batch, count: int) -> Tensor:
+        """Logits [batch, count, vocabulary] of the last positions in float32, with gradients.
+
+        Of what hooks bring in: the model's own weights take none.
+        """
+        output = self.model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=_positions(batch.mask),
+            use_cache=False,
+            logits_to_keep=count,
+        )
         logits: Tensor = output.logits.float()
         return logits
 

@@ -265,6 +265,13 @@ def _given(recipe: Recipe, directions: Directions, layers: int, width: int) -> s
             f"need; it has {in_words(directions.layers)}, so change edits or the file"
         )
     for number, spec in enumerate(recipe.edits):
+        for layer in OPERATORS[spec.op].layers(spec):
+            if layer in directions.several and not spec.several:
+                raise DirectionsError(
+                    f"{recipe.directions}: layer {layer} has {len(directions.basis(layer))} "
+                    f"directions and edits.{number} (op: {spec.op}) takes one; use op: ablate, or "
+                    f"take the first with `bake directions {recipe.directions} --first`"
+                )
         if spec.op == "ablate" and spec.variant in ("projected", "affine"):
             raise DirectionsError(
                 f"{recipe.directions}: has no mean of the answered class, which edits.{number}."
