@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -170,6 +171,44 @@ def fit_command(
     loaded = load_recipe(recipe, overrides=overrides, model=model)
     found = fit_to_file(loaded, Path(output), chosen, overwrite)
     click.echo(f"{found.table()}\n\nwritten: {output}")
+
+
+@cli.command("geometry")
+@_recipe_options
+@click.option("--output", metavar="FILE", help="The JSON file to write.")
+@click.option("--kind", "kinds", metavar="SET", multiple=True, help="A kind of refusal; repeat it.")
+@click.option("--layer", type=click.IntRange(0, 999), help="The block, in place of the edits'.")
+@click.option(
+    "--strength", "strengths", type=float, multiple=True, help="A strength, in gaps; repeat it."
+)
+@click.option(
+    "--limit", type=click.IntRange(1), default=16, show_default=True, help="Prompts of each role."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def geometry_command(
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    output: str | None,
+    kinds: tuple[str, ...],
+    layer: int | None,
+    strengths: tuple[float, ...],
+    limit: int,
+    overwrite: bool,
+) -> None:
+    """Map the directions of eleven kinds of refusal, and what steering along each trades."""
+    from pathlib import Path
+
+    from bake.geometry import Question, geometry_to_file, table
+    from bake.recipe import load_recipe
+
+    if not recipe or not output:
+        raise click.UsageError("--recipe and --output are needed")
+    asked = Question(layer=layer, limit=limit)
+    asked = replace(asked, kinds=kinds or asked.kinds, strengths=strengths or asked.strengths)
+    loaded = load_recipe(recipe, overrides=overrides, model=model)
+    found = geometry_to_file(loaded, asked, Path(output), overwrite)
+    click.echo(f"{table(found)}\n\nwritten: {output}")
 
 
 @cli.command("directions")
