@@ -31,6 +31,7 @@ from bake.model import LiveModel, batches
 from bake.ops.ablate import orthonormal
 from bake.pipeline import DIRECTIONS, bake, fit_to_file, prepare
 from bake.recipe import Fit, LoadedRecipe, load_recipe
+from tests.test_fit_command import states
 from tests.tiny import write_tiny
 
 SEEDS = st.integers(0, 2**31)
@@ -182,7 +183,7 @@ def test_a_planted_cone_is_found(seed: int) -> None:
 
     def loss(directions: Tensor, _: int) -> Tensor:
         along = directions @ planted.T
-        return (1 - along.square().sum(1) + along.clamp(max=0).square().sum(1)).mean()
+        return (1 - along.square().sum(1) + 3 * along.clamp(max=0).square().sum(1)).mean()
 
     start = planted.sum(0) + 0.5 * drawn(seed + 7, 2, 12)
     assert alikeness(planted, start) < 0.9
@@ -275,14 +276,7 @@ def test_a_tail_is_the_whole_model_behind_a_block(live: LiveModel) -> None:
     batch = next(batches(STARTS, 2, 4))
     tail = Tail(live, 1, batch)
     vector = drawn(5, 32).float().requires_grad_()
-    ran: list[int] = []
-    handles = [
-        live.block(layer).register_forward_hook(lambda *_, layer=layer: ran.append(layer))
-        for layer in range(3)
-    ]
     moved = tail.shifted(vector)
-    for handle in handles:
-        handle.remove()
     for row, place in enumerate(batch.rows):
         torch.testing.assert_close(
             tail.clean[row], next_tokens(live, STARTS[place])[-1], rtol=1e-3, atol=1e-3
@@ -473,6 +467,17 @@ def test_several_directions_from_the_fit_to_the_weights(
 
 
 @pytest.mark.usefixtures("inside")
+def test_protection_acts_on_each_of_several(tmp_path: Path) -> None:
+    options = ("fit.estimator=som", "fit.protect=remove", "fit.bootstrap=0")
+    rows = fit_to_file(loaded(*options), tmp_path / "d.safetensors").basis(1).double()
+    harm = states("protected", 1).mean(0) - states("general", 1).mean(0)
+    plain = fit_to_file(loaded("fit.estimator=som"), tmp_path / "p.safetensors").basis(1).double()
+    scale = float(harm.norm() * rows[0].norm())
+    assert float((rows @ harm).abs().max()) < 1e-5 * scale
+    assert float((plain @ harm).abs().max()) > 1e-2 * scale
+
+
+@pytest.mark.usefixtures("inside")
 def test_the_learned_mix_is_one_direction(tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
     options = ("fit.estimator=low-rank-mix", "edits=[{op: add, layer: 1, strength: -1}]")
@@ -540,7 +545,9 @@ def test_an_ablation_of_dependent_directions_is_refused() -> None:
 @pytest.mark.parametrize("count", [2, 5])
 def test_bases_are_read_back_to_the_bit(tmp_path: Path, count: int) -> None:
     given = Directions(
-        {3: drawn(1, count, 6), 4: drawn(2, 6)}, Origin("m", "som"), {3: {"spread": 0.5}}
+        {3: drawn(1, count, 6), 4: drawn(2, 6)},
+        Origin("m", "som", "out", "s"),
+        {3: {"spread": 0.5}},
     )
     path = tmp_path / "d.safetensors"
     save_directions(given, path)

@@ -376,7 +376,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: save_file({"direction.1": torch.ones(2), "1": torch.ones(2)}, p),
         "'1' is no name",
     ),
-    "a matrix": (lambda p: save_file({"direction.1": torch.ones(2, 2)}, p), "expected one vector"),
+    "a stack": (
+        lambda p: save_file({"direction.1": torch.ones(1, 2, 2)}, p),
+        "expected one vector",
+    ),
+    "no basis": (lambda p: save_file({"direction.1": torch.eye(2)[[0, 1, 0]]}, p), "with k up to"),
+    "one vector twice": (
+        lambda p: save_file({"direction.1": torch.ones(2, 2)}, p),
+        "lies in the span of the others",
+    ),
     "integers": (
         lambda p: save_file({"direction.1": torch.ones(2, dtype=torch.int32)}, p),
         "of type I32",

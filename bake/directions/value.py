@@ -141,7 +141,8 @@ class Directions:
 
     def basis(self, layer: int) -> Tensor:
         """The directions [k, d] of a layer."""
-        return torch.atleast_2d(self.vectors[layer])
+        vector = self.vectors[layer]
+        return vector if vector.ndim > 1 else vector[None]
 
     def at(self, layers: Iterable[int]) -> "Directions":
         """Those of some layers."""
@@ -264,7 +265,7 @@ def _float(what: str, vector: Tensor) -> Tensor:
     found = vector.detach().to(torch.float32, copy=True).contiguous()
     if not torch.isfinite(found).all():
         raise DirectionsError(f"{what} is not finite (NaN or infinity); measure it again")
-    rows = torch.atleast_2d(found).double()
+    rows = found.double().reshape(-1, found.shape[-1])
     lengths = rows.norm(dim=1, keepdim=True)
     if not lengths.all():
         raise DirectionsError(f"{what} is all zeros, which is no direction; leave it out")
@@ -291,7 +292,7 @@ def _table(
     for name, several in rows:
         found = by_row.get(name, {})
         written = [f"{found[figure]:.3f}" if figure in found else "" for figure in names]
-        first, *others = torch.atleast_2d(several)
+        first, *others = several.reshape(-1, width)
         cells.append([name, f"{float(first.norm()):.6g}", *("" for _ in cosine), *written])
         for vector in others:
             near = f"{float(torch.cosine_similarity(vector, first, dim=0)):.3f}"

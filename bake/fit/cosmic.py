@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Tap, collect
-from bake.fit.span import frame
+from bake.fit.span import frame, rows_of
 from bake.hooks import on_output
 from bake.model import LiveModel, batches
 
@@ -109,7 +109,7 @@ def shifted(
     stack = ExitStack()
     blocks = [model.block(layer) for layer in range(layers)]
     if remove is not None:
-        rows = frame(torch.atleast_2d(remove).float()).to(model.model.dtype)
+        rows = frame(rows_of(remove).float()).to(model.model.dtype)
 
         def without(state: Tensor, _: object) -> Tensor:
             along: Tensor = (state @ rows.mT) @ rows

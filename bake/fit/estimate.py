@@ -15,7 +15,7 @@ from bake.fit.estimators import ESTIMATORS
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed, held_out
-from bake.fit.span import independent, within
+from bake.fit.span import independent, rows_of, within
 from bake.fit.spread import bootstrap_cosine
 from bake.recipe import Fit, Recipe
 
@@ -80,12 +80,14 @@ def estimated(
         assert cosmic is not None
         chosen = _chosen_by_cosmic(recipe.fit, estimates, samples, cosmic)
         units = dict.fromkeys(layers, chosen.direction)
-    vectors, figures = {}, {}
+    vectors: dict[int, Tensor] = {}
+    figures: dict[int, dict[str, float]] = {}
     for layer in layers:
         first, second = samples[layer]
         gap = _gap_within(units[layer], first, second)
         several = units[layer].ndim > 1
-        vectors[layer] = gap.norm() * units[layer] if several else gap
+        # What is learned or has several keeps its side; one estimate is on that of the refused.
+        vectors[layer] = gap.norm() * units[layer] if several or learn else gap
         figures[layer] = {}
         # The figures are of the estimate, where it was made.
         source = chosen.layer if chosen else layer
@@ -98,7 +100,8 @@ def estimated(
             )
         if cosmic:
             basis = vectors[layer].float() if several else None
-            figures[layer]["cosmic"] = cosmic.score(layer, gap.float(), basis)
+            moved = gap if several else vectors[layer]
+            figures[layer]["cosmic"] = cosmic.score(layer, moved.float(), basis)
     return Directions(vectors, _origin(recipe), figures)
 
 
@@ -111,7 +114,7 @@ def _directions(
 ) -> Tensor:
     """The protected direction [d] of length 1, or several [k, d]; zeros where nothing is left."""
     found = learned() if learned else ESTIMATORS[choice.estimator](refused, answered, choice)
-    rows = torch.stack([protect(one, answered) for one in torch.atleast_2d(found)])
+    rows = torch.stack([protect(one, answered) for one in rows_of(found)])
     lengths = rows.norm(dim=1, keepdim=True)
     kept = independent((rows / lengths)[lengths[:, 0] > NOTHING_LEFT])
     if not len(kept):

@@ -71,7 +71,7 @@ class ConeLoss:
         tokens = lesson.choice.answers.tokens
         generator = torch.Generator().manual_seed(lesson.seed)
         refused, answered = (
-            [prompts[place] for place in torch.randperm(len(prompts), generator=generator)]
+            [prompts[place] for place in torch.randperm(len(prompts), generator=generator).tolist()]
             for prompts in (lesson.refused, lesson.answered)
         )
         with shifted(self._model, self._depth, remove=gap):

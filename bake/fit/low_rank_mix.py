@@ -25,7 +25,8 @@ def whitened(vectors: Tensor, rows: Tensor, ridge: float) -> Tensor:
     # Along the axes that the samples do not reach the variance is ε alone.
     outside = scale**-0.5
     factors = (lengths.square() + scale) ** -0.5 - outside
-    return outside * vectors + (vectors @ axes.T * factors) @ axes
+    found: Tensor = outside * vectors + (vectors @ axes.T * factors) @ axes
+    return found
 
 
 def mixing_basis(vectors: Tensor, rows: Tensor, ridge: float) -> Tensor:

@@ -68,9 +68,10 @@ def self_organised(samples: Samples, side: int) -> tuple[Tensor, Tensor]:
 
 def hexagonal(side: int) -> Tensor:
     """The places [side², 2] of a hexagonal grid with a distance of 1 between neighbours."""
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    numbers = torch.arange(side, dtype=torch.float64)
+    row, column = torch.meshgrid(numbers, numbers, indexing="ij")
     across = column + 0.5 * (row % 2)
-    return torch.stack([across.flatten(), row.flatten() * 0.75**0.5], 1).to(torch.float64)
+    return torch.stack([across.flatten(), row.flatten() * 0.75**0.5], 1)
 
 
 def _spread(places: Tensor) -> Tensor:

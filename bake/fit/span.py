@@ -6,10 +6,15 @@
 import torch
 from torch import Tensor
 
-__all__ = ["alikeness", "frame", "independent", "within"]
+__all__ = ["alikeness", "frame", "independent", "rows_of", "within"]
 
 # Of its length, what is left of a direction outside the span of others and still says something.
 OUTSIDE = 1e-3
+
+
+def rows_of(directions: Tensor) -> Tensor:
+    """The directions as rows [k, d], also where there is one [d]."""
+    return directions if directions.ndim > 1 else directions[None]
 
 
 def frame(directions: Tensor) -> Tensor:
@@ -25,7 +30,7 @@ def frame(directions: Tensor) -> Tensor:
 
 def within(directions: Tensor, vector: Tensor) -> Tensor:
     """The part [d] of a vector [d] that lies in the span."""
-    rows = frame(torch.atleast_2d(directions))
+    rows = frame(rows_of(directions))
     part: Tensor = (rows @ vector) @ rows
     return part
 
@@ -48,5 +53,6 @@ def alikeness(one: Tensor, other: Tensor) -> float:
     """
     if one.ndim == other.ndim == 1:
         return float(one @ other / (one.norm() * other.norm()).clamp_min(1e-300))
-    angles = frame(torch.atleast_2d(one)) @ frame(torch.atleast_2d(other)).mT
-    return float(torch.linalg.svdvals(angles).sum()) / len(torch.atleast_2d(one))
+    first = frame(rows_of(one))
+    angles: Tensor = torch.linalg.svdvals(first @ frame(rows_of(other)).mT)
+    return float(angles.sum()) / len(first)

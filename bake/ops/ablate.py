@@ -14,6 +14,7 @@ from bake.checkpoint import Checkpoint, TensorInfo
 from bake.edits import Edit, PlannedEdit, Step
 from bake.errors import ArchitectureError, FitError
 from bake.fit.protect import without
+from bake.fit.span import rows_of
 from bake.hooks import Intervention
 from bake.model import LiveModel
 from bake.ops.add import behind_norm_note, carried_add
@@ -36,6 +37,7 @@ def orthonormal(directions: Tensor) -> Tensor:
     those before it: what QR would put in its place has nothing to do with them.
     """
     columns = directions.T.to(torch.float64)
+    basis: Tensor
     basis, heights = torch.linalg.qr(columns)
     if (heights.diagonal().abs() < DEPENDENT * columns.norm(dim=0)).any():
         raise FitError(
@@ -192,7 +194,7 @@ class AblateOperator:
     ) -> tuple[Intervention, ...]:
         """One intervention over all writers, and for `affine` the constant's."""
         (layer,) = self.layers(spec)
-        directions = torch.atleast_2d(measured.directions[layer])
+        directions = rows_of(measured.directions[layer])
         if spec.variant == "projected":
             mean = measured.means[layer]
             directions = torch.stack([projected(one, mean) for one in directions])
