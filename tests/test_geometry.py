@@ -197,7 +197,7 @@ def test_what_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(PromptError, match=r"harmfull: .*did you mean 'harmful'"):
         geometry_to_file(loaded(), Question(("harmfull",)), path)
     monkeypatch.setattr("bake.geometry.MINIMUM", 11)
-    with pytest.raises(FitError, match=r"prompts\.general: only \d of 10 .* at least 11"):
+    with pytest.raises(FitError, match=r"prompts\.general: only \d+ of 10 .* at least 11"):
         geometry_to_file(loaded(), Question(("target.txt",), limit=1), path)
     monkeypatch.setattr("bake.geometry.MINIMUM", 1)
     copy = tmp_path / "copy.txt"
