@@ -380,6 +380,11 @@ def test_held_out_figures_are_not_fooled_by_labels_that_mean_nothing() -> None:
     assert found["r"] > 0.8
 
 
+def test_the_samples_of_a_class_are_made_once() -> None:
+    one = observed(drawn(1, 4, 3), 1.0)
+    assert one.samples is one.samples
+
+
 def test_what_is_held_out_is_held_out_by_topic() -> None:
     """Copies of a prompt under one topic must not lend each other their place."""
     values = drawn(5, 10, 400).repeat_interleave(6, 0)
