@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -172,18 +173,59 @@ def fit_command(
     click.echo(f"{found.table()}\n\nwritten: {output}")
 
 
+@cli.command("geometry")
+@_recipe_options
+@click.option("--output", metavar="FILE", help="The JSON file to write.")
+@click.option("--kind", "kinds", metavar="SET", multiple=True, help="A kind of refusal; repeat it.")
+@click.option("--layer", type=click.IntRange(0, 999), help="The block, in place of the edits'.")
+@click.option(
+    "--strength", "strengths", type=float, multiple=True, help="A strength, in gaps; repeat it."
+)
+@click.option(
+    "--limit", type=click.IntRange(1), default=16, show_default=True, help="Prompts of each role."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def geometry_command(
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    output: str | None,
+    kinds: tuple[str, ...],
+    layer: int | None,
+    strengths: tuple[float, ...],
+    limit: int,
+    overwrite: bool,
+) -> None:
+    """Map the directions of eleven kinds of refusal, and what steering along each trades."""
+    from pathlib import Path
+
+    from bake.geometry import Question, geometry_to_file, table
+    from bake.recipe import load_recipe
+
+    if not recipe or not output:
+        raise click.UsageError("--recipe and --output are needed")
+    asked = Question(layer=layer, limit=limit)
+    asked = replace(asked, kinds=kinds or asked.kinds, strengths=strengths or asked.strengths)
+    loaded = load_recipe(recipe, overrides=overrides, model=model)
+    found = geometry_to_file(loaded, asked, Path(output), overwrite)
+    click.echo(f"{table(found)}\n\nwritten: {output}")
+
+
 @cli.command("directions")
 @click.argument("file", metavar="FILE")
 @click.option(
     "--layer", type=click.IntRange(0, 999), help="The layer of a file with one bare vector."
 )
+@click.option("--first", is_flag=True, help="Keep the first of several directions of a layer.")
 @click.option("--output", metavar="FILE", help="Convert to .safetensors, or .gguf for llama.cpp.")
 @click.option("--overwrite", is_flag=True, help="Replace the written file if it exists.")
-def directions_command(file: str, layer: int | None, output: str | None, overwrite: bool) -> None:
+def directions_command(
+    file: str, layer: int | None, first: bool, output: str | None, overwrite: bool
+) -> None:
     """Print what a file of directions holds, and convert it."""
     from pathlib import Path
 
-    from bake.directions import Unplaced, read_directions, save_directions
+    from bake.directions import Directions, Unplaced, read_directions, save_directions
     from bake.directions.files import placed
 
     found = read_directions(Path(file))
@@ -191,8 +233,10 @@ def directions_command(file: str, layer: int | None, output: str | None, overwri
         raise click.UsageError(f"{file} names its layers; --layer is for one bare vector")
     if layer is not None or output:
         found = placed(Path(file), found, layer)
-        if output:
-            save_directions(found, Path(output), overwrite)
+    if first and isinstance(found, Directions):
+        found = found.first()
+    if isinstance(found, Directions) and output:
+        save_directions(found, Path(output), overwrite)
     click.echo(found.table())
     if output:
         click.echo(f"\nwritten: {output}")

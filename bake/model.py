@@ -131,7 +131,8 @@ class LiveModel:
         # vocabulary) no other runtime does by itself, and drawn text would be of another kind.
         ends = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=ends)
-        model.eval()
+        # Gradients, where a direction is learned, are of the direction alone.
+        model.eval().requires_grad_(False)
         return live
 
     @property
@@ -183,6 +184,21 @@ class LiveModel:
             output = self.model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=_positions(batch.mask)
             )
+        logits: Tensor = output.logits.float()
+        return logits
+
+    def last_logits(self, batch: Batch, count: int) -> Tensor:
+        """Logits [batch, count, vocabulary] of the last positions in float32, with gradients.
+
+        Of what hooks bring in: the model's own weights take none.
+        """
+        output = self.model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=_positions(batch.mask),
+            use_cache=False,
+            logits_to_keep=count,
+        )
         logits: Tensor = output.logits.float()
         return logits
 

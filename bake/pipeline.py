@@ -13,7 +13,7 @@ from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions, save_directions
 from bake.edits import Edit
-from bake.errors import GuardError, VerificationError
+from bake.errors import DirectionsError, GuardError, VerificationError
 from bake.export.gguf import PatchedTensor
 from bake.export.layout import patch_gguf
 from bake.fit.estimate import roles_shown
@@ -28,6 +28,7 @@ from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
 from bake.recipe import LoadedRecipe, PromptSource, Recipe
+from bake.recipe_values import SEVERAL
 from bake.report import card, guard_breaches, table, write_answers
 from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
@@ -72,7 +73,7 @@ class Prepared:
 
     @property
     def concept_prompts(self) -> dict[str, tuple[Prompt, ...]]:
-        """The fitting prompts of every concept that the direction is kept away from."""
+        """The fitting prompts of every set without a role: concepts, categories."""
         limit = self.recipe.fit.prompts_per_class
         return {name: parts.fit[:limit] for name, parts in self.concepts.items()}
 
@@ -89,7 +90,8 @@ def prepare(recipe: Recipe) -> Prepared:
         if chosen is not None:
             splits[role] = _splits(chosen)
     texts = _splits(recipe.prompts.text)
-    concepts = {name: load_splits(name, language="any") for name in recipe.fit.concepts}
+    sets = dict.fromkeys((*recipe.fit.concepts, *recipe.fit.categories))
+    concepts = {name: load_splits(name, language="any") for name in sets}
     directions, directions_hash = _directions(recipe)
     source = find_source(recipe)
     base = Checkpoint.open(source.folder)
@@ -178,6 +180,12 @@ def fit_to_file(
     ready = prepare(recipe.model_copy(update={"directions": None}))
     chosen = direction_layers(recipe) if layers is None else layers
     ready.arch.check_layers(chosen, ready.base.config, "--layers")
+    if output.suffix == ".gguf" and recipe.fit.estimator in SEVERAL and recipe.fit.basis > 1:
+        raise DirectionsError(
+            f"{output}: a control vector has one direction a layer, and fit.estimator: "
+            f"{recipe.fit.estimator} gives {recipe.fit.basis}; write .safetensors, or set "
+            "fit.basis=1"
+        )
     judge = find_judge(recipe.judge)
     model = LiveModel.load(ready.base.folder, ready.arch)
     shown = roles_shown(recipe.fit)
@@ -312,8 +320,8 @@ def _record(
         "fit": {
             "classes": {role: asdict(one) for role, one in fitted.classes.items()},
             "gaps": {
-                str(layer): float(vector.norm())
-                for layer, vector in fitted.directions.vectors.items()
+                str(layer): float(fitted.directions.basis(layer)[0].norm())
+                for layer in fitted.directions.layers
             },
             "figures": {
                 str(layer): dict(found) for layer, found in fitted.directions.figures.items()

@@ -299,8 +299,15 @@ def _given(recipe: Recipe, directions: Directions, layers: int, width: int) -> s
             f"need; it has {in_words(directions.layers)}, so change edits or the file"
         )
     for number, spec in enumerate(recipe.edits):
+        for layer in OPERATORS[spec.op].layers(spec):
+            if layer in directions.several and not spec.several:
+                raise DirectionsError(
+                    f"{recipe.directions}: layer {layer} has {len(directions.basis(layer))} "
+                    f"directions and edits.{number} (op: {spec.op}) takes one; use op: ablate, or "
+                    f"take the first with `bake directions {recipe.directions} --first`"
+                )
         variants = set(spec.variant) if spec.op == "ablate" else set()
-        for variant in variants & {"projected", "affine"}:
+        for variant in sorted(variants & {"projected", "affine"}):
             raise DirectionsError(
                 f"{recipe.directions}: has no mean of the answered class, which edits.{number}."
                 f"variant: {variant} needs; use variant: plain, or leave out directions"

@@ -5,14 +5,16 @@ All of it is frozen and strict; YAML's lists become tuples.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
 from bake.recipe_values import (
+    SEVERAL,
     Answering,
+    Basis,
     Commit,
     Count,
     Estimator,
@@ -205,10 +207,23 @@ class Fit(_Section):
     )
     ridge: Ridge = Field(
         default=0.01,
-        description="The ridge of rmd, wrmd, lda and logistic, in units of tr(covariance) / width.",
+        description="The ridge of rmd, wrmd, lda, logistic and low-rank-mix, in units of "
+        "tr(covariance) / width.",
     )
     entries: Count = Field(
         default=200, description="The entries of the direction that `category` keeps."
+    )
+    basis: Basis = Field(default=4, description="The directions of a layer that som and cone give.")
+    map_side: int = Field(
+        default=4, ge=1, le=32, description="The side of som's square map, in neurons."
+    )
+    steps: Count = Field(
+        default=100, description="The steps of gradient that cone and low-rank-mix take."
+    )
+    categories: Annotated[tuple[SetName, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Further prompt sets, each a kind of refusal whose direction low-rank-mix "
+        "mixes, beside those of the refused and the protected class.",
     )
     bootstrap: int = Field(
         default=20,
@@ -258,6 +273,8 @@ class Fit(_Section):
 class Add(_Section):
     """Add the direction to the residual stream after one block, on every token."""
 
+    several: ClassVar[bool] = False
+
     op: Literal["add"] = Field(description="The operator.")
     layer: Layer = Field(description="The block, counted from 0.")
     site: Literal["in", "mid", "out"] = Field(
@@ -291,7 +308,9 @@ class Kernel(_Section):
 
 
 class Ablate(_Section):
-    """Take the direction out of everything that the chosen blocks write."""
+    """Take the direction, or several, out of everything that the chosen blocks write."""
+
+    several: ClassVar[bool] = True  # Whether it takes more than one direction of a layer.
 
     op: Literal["ablate"] = Field(description="The operator.")
     layers: Layers = Field(description='The blocks, as a list or as a range like "11-17".')
@@ -351,6 +370,8 @@ class Ablate(_Section):
 
 class Gate(_Section):
     """Add the direction where a linear probe of the writer's input sees the target."""
+
+    several: ClassVar[bool] = False
 
     op: Literal["gate"] = Field(description="The operator.")
     layers: Layers = Field(description='The blocks, as a list or as a range like "11-17".')
@@ -590,5 +611,15 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         yield ("fit", "contrast"), "fit.refused is protected too; compare it with another class"
     if fit.protect != "none" and fit.refused == "protected":
         yield ("fit", "protect"), "fit.refused is protected; without itself nothing is left of it"
+    if fit.categories and fit.estimator != "low-rank-mix":
+        yield ("fit", "categories"), f"fit.estimator is {fit.estimator}; low-rank-mix mixes them"
+    if fit.estimator in SEVERAL and fit.basis > 1:
+        for number, edit in enumerate(recipe.edits):
+            if not edit.several:
+                yield (
+                    ("edits", number, "op"),
+                    f"{edit.op} takes one direction a layer, fit.estimator: {fit.estimator} gives "
+                    f"{fit.basis}; use op: ablate or fit.basis: 1",
+                )
     if fit.concepts and fit.protect != "residual":
         yield ("fit", "concepts"), f"fit.protect is {fit.protect}; residual is what protects them"

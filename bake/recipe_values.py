@@ -12,7 +12,9 @@ from bake.prompts.rows import HUB, SUFFIXES
 from bake.recipe_errors import near
 
 __all__ = [
+    "SEVERAL",
     "Answering",
+    "Basis",
     "Commit",
     "Count",
     "Estimator",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 HIGHEST_LAYER = 999  # beyond every known model; the plan checks the model's own count
+HIGHEST_BASIS = 64  # directions of one layer; published ones have up to ten
 
 
 def _layers(value: object) -> object:
@@ -139,6 +142,19 @@ Serving: TypeAlias = Annotated[tuple[Runtime, ...], _ITEMS, AfterValidator(_dist
 Percent: TypeAlias = Annotated[float, Field(ge=0, le=100)]
 Strength: TypeAlias = Annotated[float, Field(ge=-1000, le=1000)]
 Ridge: TypeAlias = Annotated[float, Field(gt=0)]
+Basis: TypeAlias = Annotated[int, Field(ge=1, le=HIGHEST_BASIS)]
 Estimator: TypeAlias = Literal[
-    "mean-difference", "rmd", "wrmd", "lda", "pca", "logistic", "safesteer", "category", "cosmic"
+    "mean-difference",
+    "rmd",
+    "wrmd",
+    "lda",
+    "pca",
+    "logistic",
+    "safesteer",
+    "category",
+    "cosmic",
+    "low-rank-mix",
+    "som",
+    "cone",
 ]
+SEVERAL: tuple[Estimator, ...] = ("som", "cone")  # What gives `fit.basis` directions a layer.

@@ -302,7 +302,8 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
          "8:17: fit.concepts: fit.protect is none; residual is what protects them"),
         ("fit: {estimator: logistics}",
          "8:18: fit.estimator: expected mean-difference, rmd, wrmd, lda, pca, logistic, safesteer, "
-         "category or cosmic, found text 'logistics'; did you mean 'logistic'?"),
+         "category, cosmic, low-rank-mix, som or cone, found text 'logistics'; "
+         "did you mean 'logistic'?"),
         ("fit: {answers: {temperature: 0}}",
          "8:30: fit.answers.temperature: expected more than 0, found 0"),
         ("prompts: {target: 'hub:somebody'}",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Tap, collect
+from bake.fit.span import frame, rows_of
 from bake.hooks import on_output
 from bake.model import LiveModel, batches
 
@@ -60,9 +61,12 @@ class CosmicScores:
         self.layers = least_alike(clean[0], clean[1])
         self._clean = (clean[0][self.layers], clean[1][self.layers])
 
-    def score(self, layer: int, vector: Tensor) -> float:
-        """The score of a direction behind a block; `vector` [d] is as long as the class gap."""
-        with shifted(self._model, self._count, remove=vector):
+    def score(self, layer: int, vector: Tensor, basis: Tensor | None = None) -> float:
+        """The score of a direction behind a block; `vector` [d] is as long as the class gap.
+
+        Of several directions it is their span, `basis` [k, d], that is taken out.
+        """
+        with shifted(self._model, self._count, remove=vector if basis is None else basis):
             removed = self._means(self._refused, self.layers)
         with shifted(self._model, self._count, add={layer: vector}):
             induced = self._means(self._answered, self.layers)
@@ -97,16 +101,18 @@ def shifted(
 ) -> ExitStack:
     """The model of `layers` blocks with a direction [d] taken out of its stream, or added to it.
 
-    Taken out is what enters the first block and what leaves every block: what a block's
+    What is taken out may be the span of several [k, d], or for each row of a batch a span of its
+    own [batch, k, d], and what is added a vector of its own [batch, 1, d]. Gradients pass to
+    both. Taken out is what enters the first block and what leaves every block: what a block's
     attention writes along the direction its own MLP still sees.
     """
     stack = ExitStack()
     blocks = [model.block(layer) for layer in range(layers)]
     if remove is not None:
-        unit = (remove / remove.norm()).to(model.model.dtype)
+        rows = frame(rows_of(remove).float()).to(model.model.dtype)
 
         def without(state: Tensor, _: object) -> Tensor:
-            along: Tensor = (state @ unit)[..., None] * unit
+            along: Tensor = (state @ rows.mT) @ rows
             return state - along
 
         def before(_: object, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

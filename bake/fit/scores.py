@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 
 import torch
@@ -27,7 +28,7 @@ class Observed:
     confidences: Tensor
     topics: tuple[str, ...]
 
-    @property
+    @cached_property
     def samples(self) -> Samples:
         """Those that are of the class; raises FitError where none is."""
         return Samples.of(self.values, self.weights, self.topics)

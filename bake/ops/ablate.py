@@ -14,6 +14,7 @@ from bake.checkpoint import Checkpoint, TensorInfo
 from bake.edits import Edit, PlannedEdit, Step
 from bake.errors import ArchitectureError, FitError
 from bake.fit.protect import without
+from bake.fit.span import rows_of
 from bake.hooks import Intervention
 from bake.model import LiveModel
 from bake.ops.add import behind_norm_note, carried_add
@@ -25,15 +26,24 @@ __all__ = ["Ablate", "AblateOperator", "behind_norm", "cuts", "orthonormal", "pr
 
 # Below this share of itself a direction is rounding.
 NOTHING_LEFT = 1e-3
+DEPENDENT = 1e-6
 
 
 def orthonormal(directions: Tensor) -> Tensor:
     """An orthonormal basis [d, k] of the span of `directions` [k, d], by QR.
 
     Removing non-orthogonal directions one after another leaves part of their
-    span; one basis removes all of it.
+    span; one basis removes all of it. Raises FitError where one direction lies in the span of
+    those before it: what QR would put in its place has nothing to do with them.
     """
-    basis: Tensor = torch.linalg.qr(directions.T.to(torch.float64)).Q
+    columns = directions.T.to(torch.float64)
+    basis: Tensor
+    basis, heights = torch.linalg.qr(columns)
+    if (heights.diagonal().abs() < DEPENDENT * columns.norm(dim=0)).any():
+        raise FitError(
+            f"of the {len(directions)} directions to ablate one lies in the span of the others; "
+            "give a smaller fit.basis, other layers or variant: plain"
+        )
     return basis.to(torch.float32)
 
 
@@ -119,7 +129,7 @@ def cuts(
 
 
 class AblateOperator:
-    """`op: ablate`: one direction, out of every writer of the chosen layers.
+    """`op: ablate`: the span of one direction or several, out of every writer of the layers.
 
     `norm-preserving` with `projected` is MPOA (grimjim 2025). `affine` is the map
     h ← h - λ R Rᵀ h + λ R Rᵀ μ of ACE (Marshall et al. 2024, arXiv:2411.09003) with μ the
@@ -171,7 +181,7 @@ class AblateOperator:
         return _with_constant(step, spec, base, arch, place, runtimes)
 
     def layers(self, spec: Spec) -> tuple[int, ...]:
-        """One direction serves all: that of the middle of the edited layers."""
+        """One layer's directions serve all: those of the middle of the edited layers."""
         edited = tuple(spec.strengths)
         return (edited[len(edited) // 2],)
 
@@ -184,10 +194,11 @@ class AblateOperator:
     ) -> tuple[Intervention, ...]:
         """One intervention over all writers, and for `affine` the constant's."""
         (layer,) = self.layers(spec)
-        direction = measured.directions[layer]
+        directions = rows_of(measured.directions[layer])
         if "projected" in spec.variant:
-            direction = projected(direction, measured.means[layer])
-        basis = orthonormal(direction[None])
+            mean = measured.means[layer]
+            directions = torch.stack([projected(one, mean) for one in directions])
+        basis = orthonormal(directions)
         names = [edit.tensor for edit in step.edits if edit.operator == "ablate"]
         embeddings = spec.strength if spec.embeddings else None
         keep_norms = "norm-preserving" in spec.variant
