@@ -20,8 +20,9 @@ def cone_basis(
     `loss(directions, step)` takes unit directions [batch, d], one for each prompt of a batch,
     and returns their mean loss []. Half of them are the basis vectors in turn, half random unit
     vectors of the cone that they span with positive shares, so the loss falls on all of it.
-    The gradient's part along each vector is left out, and the basis made orthonormal again
-    after every step. A cone of one vector is a refusal direction by gradient (RDO). The same
+    Of the gradient only what turns the basis is followed (Edelman et al. 1998,
+    arXiv:physics/9806030, eq. 2.4: G - sym(G Bᵀ) B), and the basis made orthonormal again after
+    every step: what pulls two vectors to one place would otherwise be all that Adam sees. A cone of one vector is a refusal direction by gradient (RDO). The same
     seed gives the same basis. Source: Wollschläger et al. 2025 (arXiv:2502.17420), whose
     code takes 8 to 16 mixtures for every batch; here each prompt of a batch has its own.
     """
@@ -33,7 +34,8 @@ def cone_basis(
         torch.autograd.backward(loss(mixtures(basis, batch, generator), step))
         assert basis.grad is not None
         with torch.no_grad():
-            basis.grad -= (basis.grad * basis).sum(1, keepdim=True) * basis
+            turned = basis.grad @ basis.T
+            basis.grad -= (turned + turned.T) / 2 @ basis
             optimiser.step()
             basis.copy_(frame(basis))
     return basis.detach()
