@@ -22,9 +22,10 @@ def cone_basis(
     vectors of the cone that they span with positive shares, so the loss falls on all of it.
     Of the gradient only what turns the basis is followed (Edelman et al. 1998,
     arXiv:physics/9806030, eq. 2.4: G - sym(G Bᵀ) B), and the basis made orthonormal again after
-    every step: what pulls two vectors to one place would otherwise be all that Adam sees. A cone of one vector is a refusal direction by gradient (RDO). The same
-    seed gives the same basis. Source: Wollschläger et al. 2025 (arXiv:2502.17420), whose
-    code takes 8 to 16 mixtures for every batch; here each prompt of a batch has its own.
+    every step: what pulls two vectors to one place would otherwise be all that Adam sees. A
+    cone of one vector is a refusal direction by gradient (RDO). The same seed gives the same
+    basis. Source: Wollschläger et al. 2025 (arXiv:2502.17420), whose code takes 8 to 16 mixtures
+    for every batch; here each prompt of a batch has its own.
     """
     generator = torch.Generator().manual_seed(seed)
     basis = frame(start).detach().clone().requires_grad_()
