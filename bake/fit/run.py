@@ -5,11 +5,10 @@ that needs a direction, Gram matrices of the gated writers' inputs at the tokens
 where a gate decides.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
@@ -18,10 +17,10 @@ from bake.directions import Directions
 from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
 from bake.fit.cosmic import CosmicScores
-from bake.fit.estimate import estimated, roles_of_direction
+from bake.fit.estimate import estimated, roles_of_direction, roles_shown
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.readout import ReadoutClass, ridge_readout
-from bake.fit.scores import Observed
+from bake.fit.stream import observed, stream_taps
 from bake.fit.wrmd import confidence_weight
 from bake.hooks import Intervention
 from bake.judge import Judge
@@ -83,12 +82,13 @@ def fit(
     layers = direction_layers(recipe)
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
-    taps = _taps(model, plan, recipe, seen)
-    moments = {
-        role: collect(model, found, taps, progress=progress)
-        for role, found in conversations.items()
-        if taps
-    }
+    probes = _probes(model, plan, recipe)
+    moments: dict[str, dict[Any, Moments]] = {}
+    for role, found in conversations.items():
+        if taps := probes | _stream(model, base, recipe, seen, role, found):
+            moments[role] = collect(model, found, taps, progress=progress)
+        else:
+            progress(len(found))
     openings: dict[str, dict[str, float]] = {}
 
     def probe(module: str, ridge: float) -> Tensor:
@@ -138,11 +138,10 @@ def fit_directions(
     conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth)
-    taps = _stream(model, seen)
-    moments = {
-        role: collect(model, found, taps, progress=progress)
-        for role, found in conversations.items()
-    }
+    moments = {}
+    for role, found in conversations.items():
+        taps = _stream(model, base, recipe, seen, role, found)
+        moments[role] = collect(model, found, taps, progress=progress, state="bare")
     directions = _estimated(
         *(model, recipe, labels, conversations, moments, layers, seen, depth),
         *(concepts, progress),
@@ -228,12 +227,12 @@ def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
     return found
 
 
-def _taps(model: LiveModel, plan: Plan, recipe: Recipe, layers: Iterable[int]) -> dict[Any, Tap]:
-    """What to measure: the stream behind `layers`, and the inputs that probes read.
+def _probes(model: LiveModel, plan: Plan, recipe: Recipe) -> dict[Any, Tap]:
+    """The inputs that probes read.
 
     In front of a post-norm a probe reads in units of what the norm divides by.
     """
-    taps = _stream(model, layers)
+    taps: dict[Any, Tap] = {}
     norms = {
         one.module: model.arch.post_norm(one.layer, one.branch)
         for written in model.arch.written(edit.tensor for edit in plan.edits).values()
@@ -246,8 +245,19 @@ def _taps(model: LiveModel, plan: Plan, recipe: Recipe, layers: Iterable[int]) -
     return taps
 
 
-def _stream(model: LiveModel, layers: Iterable[int]) -> dict[Any, Tap]:
-    return {layer: Tap(model.block(layer), "output", "last", "samples") for layer in layers}
+def _stream(
+    model: LiveModel,
+    base: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    role: str,
+    conversations: Sequence[Conversation],
+) -> dict[Any, Tap]:
+    """The stream behind `layers`, where the direction is made of the role."""
+    if role not in roles_shown(recipe.fit):
+        return {}
+    width = model.arch.width(base.config)
+    return stream_taps(model, layers, recipe.fit, role, conversations, width)
 
 
 def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[int]:
@@ -269,32 +279,22 @@ def _estimated(
     scored: bool = False,
 ) -> Directions:
     """The directions of some layers, from what every role's prompts left behind `seen` ones."""
-    observed = {
-        role: {layer: _observed(moments[role][layer], conversations[role], found) for layer in seen}
-        for role, found in labels.items()
+    found = {
+        role: {layer: observed(moments[role], layer, conversations[role], one) for layer in seen}
+        for role, one in labels.items()
+        if role in roles_shown(recipe.fit)
     }
     shields = {}
     for name, prompts in concepts.items():
         bare = [_prompt_alone(model.render(prompt.text)) for prompt in prompts]
-        measured = collect(model, bare, _stream(model, seen), progress=progress)
-        topics = tuple(prompt.topic for prompt in prompts)
-        one = torch.ones(len(bare), dtype=torch.float64)
-        shields[name] = {
-            layer: Observed(measured[layer].values, one, one, topics) for layer in seen
-        }
+        means = {layer: Tap(model.block(layer), "output", "last") for layer in seen}
+        measured = collect(model, bare, means, progress=progress, state="bare")
+        shields[name] = {layer: observed(measured, layer, bare, ()) for layer in seen}
     cosmic = None
     if scored or recipe.fit.estimator == "cosmic":
         refused, answered = conversations[recipe.fit.refused], conversations[recipe.fit.contrast]
         cosmic = CosmicScores(model, refused, answered, depth)
-    return estimated(recipe, observed, shields, layers, cosmic)
-
-
-def _observed(
-    moments: Moments, conversations: Sequence[Conversation], labels: Sequence[Labelled]
-) -> Observed:
-    weights = torch.tensor([one.weight for one in conversations], dtype=torch.float64)
-    confidences = torch.tensor([one.confidence for one in labels], dtype=torch.float64)
-    return Observed(moments.values, weights, confidences, tuple(one.prompt.topic for one in labels))
+    return estimated(recipe, found, shields, layers, cosmic)
 
 
 def _prompt_alone(ids: Sequence[int]) -> Conversation:
