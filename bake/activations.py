@@ -1,10 +1,11 @@
 """Streaming statistics of activations: weighted means and second moments.
 
-Batches pass through the decoder once; only sums stay, in float64, and the samples of the
-conversations that a tap names, so memory does not grow with the number of prompts.
+Batches pass once through the decoder, as far as the last tap. Only sums stay, in float64, and
+the samples of the conversations that a tap names: memory does not grow with the prompts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from bake.work import Work
 __all__ = ["Conversation", "Keep", "Moments", "Tap", "collect"]
 
 Keep = Literal["mean", "second", "covariance"]
+STRIP = 256  # columns of a Gram matrix at a time
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,14 @@ class Moments:
         self._total = self._total + weights @ samples.to(torch.float64)
         if self.keep != "mean":
             part = samples.to(torch.float32 if self.keep == "second" else torch.float64)
-            product = part.T @ (part * weights[:, None].to(part.dtype))
-            if self._outer.ndim:
-                self._outer += product
-            else:
-                self._outer = product.to(torch.float64)
+            weighted, width = (part * weights[:, None].to(part.dtype)).T, part.shape[1]
+            if not self._outer.ndim:
+                self._outer = torch.zeros(width, width, dtype=torch.float64)
+            # Both halves are the same: what is below these strips is never computed.
+            for first in range(0, width, STRIP):
+                self._outer[first : first + STRIP, first:] += (
+                    weighted[first : first + STRIP] @ part[:, first:]
+                )
         if self._places:
             if not self._kept.ndim:
                 self._kept = torch.zeros(len(self.rows), samples.shape[1])
@@ -120,7 +125,8 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """Weighted mean of x xᵀ [d, d], float64, about zero."""
-        return self._outer / self.weight
+        upper = self._outer.triu() / self.weight
+        return upper + upper.triu(1).T
 
     @property
     def covariance(self) -> Tensor:
@@ -156,15 +162,26 @@ def collect(
     prefix = model.prefix([one.ids for one in conversations], first)
     mask: dict[str, Tensor] = {}
     seen: dict[Any, Tensor] = {}
+    waiting: dict[Any, Tensor] = {}
+
+    def take_in(name: Any, samples: Tensor) -> None:
+        seen[name] = samples
+        if len(seen) == len(taps):
+            raise _EnoughError
 
     def watch(name: Any, tap: Tap) -> list[RemovableHandle]:
         def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             found = inputs[0] if tap.side == "input" else output
-            seen[name] = (found[0] if isinstance(found, tuple) else found)[mask[tap.positions]]
+            samples = (found[0] if isinstance(found, tuple) else found)[mask[tap.positions]]
+            if tap.norm:
+                waiting[name] = samples
+            else:
+                take_in(name, samples)
 
         def divide(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
             read = inputs[0][mask[tap.positions]].float()
-            seen[name] = seen[name].float() / read.square().mean(-1, keepdim=True).sqrt()
+            size = read.square().mean(-1, keepdim=True).sqrt()
+            take_in(name, waiting.pop(name).float() / size)
 
         handles = [tap.module.register_forward_hook(take)]
         return handles + ([tap.norm.register_forward_hook(divide)] if tap.norm else [])
@@ -177,7 +194,9 @@ def collect(
     def captured(batch: Batch) -> dict[str, Tensor]:
         lengths = [len(conversations[row].ids) for row in batch.rows]
         mask.update({name: _mask(batch, one, lengths) for name, one in places(batch).items()})
-        model.run(batch)
+        # What lies behind the last tap is not run.
+        with suppress(_EnoughError):
+            model.run(batch)
         return {str(name): seen.pop(name) for name in taps}
 
     def key(batch: Batch) -> object:
@@ -203,6 +222,10 @@ def collect(
     for one in moments.values():
         one.join(model.work)
     return moments
+
+
+class _EnoughError(Exception):
+    """Every tap has been read."""
 
 
 def _mask(batch: Batch, places: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:

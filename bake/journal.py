@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,10 @@ class Journal:
         Those of runs that were given up a month ago are removed.
         """
         every = cache_folder() / "fit"
-        for other in every.iterdir() if every.is_dir() else ():
-            if time.time() - other.stat().st_mtime > KEPT:
-                shutil.rmtree(other, ignore_errors=True)
+        for other in every.glob("*"):
+            with suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > KEPT:
+                    shutil.rmtree(other, ignore_errors=True)
         return cls(every / run)
 
     @property

@@ -30,7 +30,7 @@ from bake.prompts import load_prompts
 from bake.recipe import Fit
 
 # As political-open.yaml has them.
-GATED = range(15, 22)
+GATED = range(15, 24)
 TEMPLATE, ANSWER = Fit().positions.template, Fit().positions.answer
 MEMORY = (("mean-difference", 1), ("mean-difference", 4), ("rmd", 1), ("rmd", 4))
 MEMORY += (("logistic", 1), ("logistic", 4))
@@ -97,19 +97,23 @@ def tapped(
     covariances: dict[Any, Tap] = {
         layer: Tap(model.block(layer), "output", "last", "covariance") for layer in every
     }
-    writers = ("self_attn.o_proj", "mlp.down_proj")
-    gates: dict[Any, Tap] = {
-        f"{layer} {name}": Tap(
-            model.block(layer).get_submodule(name), "input", "decision", "second"
-        )
-        for layer in GATED
-        for name in writers
-    }
+
+    def gates(layers: Sequence[int]) -> dict[Any, Tap]:
+        return {
+            f"{layer} {name}": Tap(
+                model.block(layer).get_submodule(name), "input", "decision", "second"
+            )
+            for layer in layers
+            for name in ("self_attn.o_proj", "mlp.down_proj")
+        }
+
+    streams = stream("mean-difference")
+    own = {layer: tap for layer, tap in streams.items() if layer in GATED}
     return {
-        "samples behind all 30 blocks": stream("mean-difference"),
-        "covariances behind all 30 blocks": covariances,
-        "inputs of 14 gates": gates,
-        "both, as political-open": stream("mean-difference") | gates,
+        f"samples behind all {depth} blocks": streams,
+        f"covariances behind all {depth} blocks": covariances,
+        f"gates in blocks {GATED[0]} to {GATED[-1]}": own | gates(GATED),
+        f"gates in blocks {depth - len(GATED)} to {depth - 1}": gates(every[-len(GATED) :]),
     }
 
 

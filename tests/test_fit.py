@@ -96,6 +96,40 @@ def test_collected_states_are_those_of_the_model(tiny_llama: Path) -> None:
     )
 
 
+def test_what_lies_behind_the_last_tap_is_not_run(tiny_llama: Path) -> None:
+    model = LiveModel.load(tiny_llama, ARCHS["llama"])
+    ran: list[int] = []
+    handles = [
+        model.block(layer).register_forward_pre_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer in range(3)
+    ]
+    conversations = [Conversation((1, 5, 9, 40), 3, (2, 3))] * 2
+    down = model.block(0).get_submodule("mlp.down_proj")
+    taps = {"in": Tap(down, "input", "decision"), "out": Tap(model.block(1), "output", "last")}
+    found = collect(model, conversations, taps, batch_size=1)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1, 0, 1]
+    assert found["in"].weight == 4
+    assert found["out"].weight == 2
+    # The model is whole afterwards.
+    with torch.inference_mode():
+        assert model.model(torch.tensor([[1, 5]])).logits.isfinite().all()
+
+
+@given(SEEDS)
+def test_a_gram_matrix_of_strips_is_the_whole_one(seed: int) -> None:
+    """Wider than one strip, and with weights."""
+    samples, weights = drawn(seed, 7, 600), drawn(seed + 1, 7).abs()
+    found = Moments("covariance")
+    found.add(samples[:3], weights[:3])
+    found.add(samples[3:], weights[3:])
+    wanted = (samples.T * weights) @ samples / weights.sum()
+    torch.testing.assert_close(found.gram, wanted)
+    centred = samples - weights @ samples / weights.sum()
+    torch.testing.assert_close(found.covariance, (centred.T * weights) @ centred / weights.sum())
+
+
 def test_activations_that_are_not_finite_are_refused() -> None:
     with pytest.raises(FitError, match="not finite"):
         Moments().add(torch.tensor([[1.0, float("nan")]]), torch.ones(1))

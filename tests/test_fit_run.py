@@ -311,8 +311,17 @@ def test_hooked_answers_are_never_remembered(judge: Script, tmp_path: Path) -> N
 def launched(judge: Script, output: Path, *overrides: str, dies: str = "") -> tuple[int, str, str]:
     """`accelerate launch` with two processes on the processor."""
     options = [f"judge.url={judge.url}", *overrides]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += [
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     command += ["--main_process_port", "0", "-m", "tests.launched" if dies else "bake"]
     command += ["fit", "--recipe", "recipe.yaml", "--output", str(output)]
     command += [word for one in options for word in ("--set", one)]
