@@ -1,6 +1,6 @@
 """What measuring activations costs over running the model, in time and in memory.
 
-    python -m benchmarks.capture [--prompts N] [--rounds N] [--json FILE]
+    python -m benchmarks.capture [--only time|memory] [--prompts N] [--rounds N]
 
 The demo model, on prompts of the built-in sets with an opening of an answer. Time: `collect`
 beside bare forward passes over the same batches, in turn, so that whatever else the machine
@@ -15,8 +15,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -34,34 +34,36 @@ GATED = range(15, 24)
 TEMPLATE, ANSWER = Fit().positions.template, Fit().positions.answer
 MEMORY = (("mean-difference", 1), ("mean-difference", 4), ("rmd", 1), ("rmd", 4))
 MEMORY += (("logistic", 1), ("logistic", 4))
-SHORT, UNIT = 8, 700
+# Short prompts, so many at a time, and so many in all or four times as many.
+SHORT, BATCH, UNIT = 8, 64, 600
 
 
 def main() -> None:
     """Measure and print."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--only", choices=("time", "memory"))
     arguments.add_argument("--prompts", type=int, default=96)
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--json", type=Path)
-    arguments.add_argument("--memory", nargs=2, metavar=("ESTIMATOR", "PROMPTS"))
+    arguments.add_argument("--process", nargs=2, metavar=("ESTIMATOR", "PROMPTS"))
     chosen = arguments.parse_args()
-    model, width, depth = loaded()
-    if chosen.memory:
-        print(json.dumps(memory(model, width, depth, chosen.memory[0], int(chosen.memory[1]))))
+    if chosen.process:
+        print(json.dumps(memory(*loaded(), chosen.process[0], int(chosen.process[1]))))
         return
-    conversations = spoken(model, chosen.prompts)
-    rows = times(model, tapped(model, width, depth, conversations), conversations, chosen.rounds)
-    print(f"{'captured':40}  {'bare s':>7}  {'capture s':>9}  overhead")
-    for name, row in rows.items():
-        print(f"{name:40}  {row['bare']:7.2f}  {row['capture']:9.2f}  {row['overhead']:+.1%}")
-    del model
-    print(f"\n{'estimator':16}  {'prompts':>7}  {'held':>10}  {'peak rises by':>13}")
-    grown = [in_process(estimator, UNIT * count) for estimator, count in MEMORY]
-    for one in grown:
-        held = f"{one['held'] / 1e6:.1f} M"
-        print(f"{one['estimator']:16}  {one['prompts']:7}  {held:>10}  {one['rise']:10.0f} MB")
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"times": rows, "memory": grown}, indent=2))
+    if chosen.only != "memory":
+        model, width, depth = loaded()
+        conversations = spoken(model, chosen.prompts)
+        taps = tapped(model, width, depth, conversations)
+        print(f"{'captured':36}  {'bare s':>7}  {'capture s':>9}  overhead")
+        for name, row in times(model, taps, conversations, chosen.rounds):
+            print(f"{name:36}  {row[0]:7.2f}  {row[1]:9.2f}  {row[2]:+8.1%}", flush=True)
+    if chosen.only != "time":
+        print(f"{'estimator':16}  {'prompts':>7}  {'numbers held':>12}  peak rises by")
+        for estimator, count in MEMORY:
+            one = in_process(estimator, UNIT * count)
+            held = f"{one['held'] / 1e6:.1f} M"
+            print(
+                f"{estimator:16}  {UNIT * count:7}  {held:>12}  {one['rise']:10.0f} MB", flush=True
+            )
 
 
 def loaded() -> tuple[LiveModel, int, int]:
@@ -122,8 +124,8 @@ def times(
     taps: Mapping[str, Mapping[Any, Tap]],
     conversations: Sequence[Conversation],
     rounds: int,
-) -> dict[str, dict[str, float]]:
-    """Seconds of bare passes and of captures, and the median of their ratios less 1."""
+) -> Iterator[tuple[str, tuple[float, float, float]]]:
+    """Median seconds of bare passes and of captures, and the median of their ratios less 1."""
     sequences = [one.ids for one in conversations]
     first = min(min(one.last, *one.decision) for one in conversations)
 
@@ -133,21 +135,16 @@ def times(
             model.run(batch)
 
     bare()
-    found = {}
     for name, chosen in taps.items():
         pairs = []
         for number in range(rounds):
-            turns = [bare, lambda chosen=chosen: collect(model, conversations, chosen)]
+            turns = [bare, partial(collect, model, conversations, chosen)]
             # Whoever comes first may find the processor cooler.
             order = (0, 1) if number % 2 else (1, 0)
             seconds = {turn: timed(turns[turn]) for turn in order}
             pairs.append((seconds[0], seconds[1]))
-        found[name] = {
-            "bare": median(one for one, _ in pairs),
-            "capture": median(other for _, other in pairs),
-            "overhead": median(other / one for one, other in pairs) - 1,
-        }
-    return found
+        plain, captured = (median(column) for column in zip(*pairs, strict=True))
+        yield name, (plain, captured, median(other / one for one, other in pairs) - 1)
 
 
 def timed(turn: Callable[[], object]) -> float:
@@ -163,12 +160,12 @@ def memory(model: LiveModel, width: int, depth: int, estimator: str, count: int)
     chats = [tuple((7 * row + place) % words for place in range(SHORT)) for row in range(count)]
     conversations = [Conversation(ids, SHORT - 1, ()) for ids in chats]
     # What one batch takes, any run takes.
-    few = conversations[:16]
+    few = conversations[:BATCH]
     fit = Fit.model_validate({"estimator": estimator})
-    collect(model, few, stream_taps(model, range(depth), fit, "target", few, width))
+    collect(model, few, stream_taps(model, range(depth), fit, "target", few, width), BATCH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     taps = stream_taps(model, range(depth), fit, "target", conversations, width)
-    found = collect(model, conversations, taps)
+    found = collect(model, conversations, taps, BATCH)
     rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     held = sum(one.held for one in found.values())
     return {"estimator": estimator, "prompts": count, "held": held, "rise": rise / 1024}
@@ -176,7 +173,7 @@ def memory(model: LiveModel, width: int, depth: int, estimator: str, count: int)
 
 def in_process(estimator: str, count: int) -> dict[str, Any]:
     """The same, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.capture", "--memory", estimator, str(count)]
+    command = [sys.executable, "-m", "benchmarks.capture", "--process", estimator, str(count)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

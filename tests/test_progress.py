@@ -23,7 +23,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 def lines(terminal: Terminal) -> list[str]:
     """What stands on each line in the end, without control sequences."""
     plain = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", terminal.getvalue())
-    return [line.rpartition("\r")[2].rstrip() for line in plain.splitlines()]
+    return [line.rpartition("\r")[2].rstrip() for line in plain.removesuffix("\n").split("\n")]
 
 
 def test_a_bar_inside_a_bar_has_its_own_line(terminal: Terminal) -> None:
