@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from bake.activations import Conversation, Moments, Tap
+from bake.activations import Conversation, Keep, Moments, Tap
 from bake.fit.labels import Labelled
 from bake.fit.samples import Samples, factor
 from bake.fit.scores import Observed
@@ -49,7 +49,7 @@ def stream_taps(
     taps: dict[Any, Tap] = {}
     for layer in layers:
         block = model.block(layer)
-        keep = "covariance" if covariance and not whole else "mean"
+        keep: Keep = "covariance" if covariance and not whole else "mean"
         taps[layer] = Tap(block, "output", "last", keep, rows=rows)
         if _in_null_space(choice, role) and not whole:
             taps[f"all {layer}"] = Tap(block, "output", "every last", "covariance")
