@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from bake.activations import Moments
 from bake.archs import ARCHS
 from bake.commands import main
 from bake.directions import Directions, load_directions
+from bake.errors import FitError
 from bake.journal import Journal
 from bake.model import LiveModel
 from bake.pipeline import fit_to_file
 from bake.recipe import load_recipe
+from bake.work import Work
 from tests.test_judges import Answer, Script, reply
 from tests.tiny import write_tiny
 
@@ -289,10 +292,6 @@ def test_sampled_answers_are_those_of_an_uninterrupted_run(
 
 
 def test_hooked_answers_are_never_remembered(judge: Script, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from bake.work import Work
-
     model = LiveModel.load(Path("model"), ARCHS["llama"])
     model = replace(model, work=Work(journal=Journal(tmp_path / "run")))
     prompts = [[1, 3, 40, 2], [1, 3, 41, 2]]
@@ -358,8 +357,25 @@ def test_a_process_that_fails_ends_all_of_them(judge: Script, tmp_path: Path, di
     assert time.monotonic() - started < 120
     assert "written" not in out
     assert not (tmp_path / "d.safetensors").exists()
-    assert "bake: another process of this launch has ended; its own message says why" in err
+    # The launcher says whose end it was, and that one why, where it can.
+    assert "local_rank: 1" in err
     assert ("bake: this process has bad luck" in err) == (dies == "raise")
+
+
+def test_a_process_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: object) -> object:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:43210")
+
+    monkeypatch.setattr("accelerate.utils.gather_object", gone)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", gone)
+    work = Work(rank=1, size=2)
+    for together in (
+        lambda: work.merged({1: "a"}),
+        lambda: work.summed([torch.ones(3)]),
+        lambda: work.by_main(lambda: 1),
+    ):
+        with pytest.raises(FitError, match="another process of this launch has ended; its own"):
+            together()
 
 
 def test_only_a_fit_takes_several_processes(

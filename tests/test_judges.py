@@ -466,8 +466,10 @@ def test_an_interrupt_waits_for_no_request(serve: Serve, tmp_path: Path) -> None
         return refusal(number, body)
 
     script = serve(slow)
+    # Where tests run in the background, the shell has them ignore the signal.
     code = (
-        "import sys; from pathlib import Path; from tests.test_judges import EXCHANGES, chat\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from tests.test_judges import EXCHANGES, chat\n"
         "chat(sys.argv[1], Path(sys.argv[2]), timeout=60, concurrent=3).judge(EXCHANGES)\n"
     )
     process = subprocess.Popen(
