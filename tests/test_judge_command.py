@@ -114,11 +114,11 @@ def test_a_server_judges_and_what_it_leaves_open_is_counted(
     code, out, err = judge("said.jsonl", *chat, "--output", str(output))
     assert code == 0, err
     assert out.splitlines()[:5] == [
-        "refused           1   33.3 %",
-        "answered          1   33.3 %",
-        "unread            1   33.3 %",
-        "  no verdict      1   33.3 %",
-        "  deflection      1   33.3 %",
+        "refused            1   33.3 %",
+        "answered           1   33.3 %",
+        "unread             1   33.3 %",
+        "  no verdict       1   33.3 %",
+        "  deflection       1   33.3 %",
     ]
     assert [(one["verdict"], one["category"]) for one in written(output)] == [
         ("unread", "no verdict"),
