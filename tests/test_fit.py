@@ -103,7 +103,8 @@ def test_what_lies_behind_the_last_tap_is_not_run(tiny_llama: Path) -> None:
         model.block(layer).register_forward_pre_hook(lambda *_, layer=layer: ran.append(layer))
         for layer in range(3)
     ]
-    conversations = [Conversation((1, 5, 9, 40), 3, (2, 3))] * 2
+    # They begin differently, so nothing is read for both.
+    conversations = [Conversation((first, 5, 9, 40), 3, (2, 3)) for first in (1, 3)]
     down = model.block(0).get_submodule("mlp.down_proj")
     taps = {"in": Tap(down, "input", "decision"), "out": Tap(model.block(1), "output", "last")}
     found = collect(model, conversations, taps, batch_size=1)
