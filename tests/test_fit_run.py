@@ -329,6 +329,7 @@ def launched(judge: Script, output: Path, *overrides: str, dies: str = "") -> tu
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["rmd", "logistic"])
 def test_two_processes_equal_one(judge: Script, tmp_path: Path, estimator: str) -> None:
     overrides = (f"fit.estimator={estimator}", "fit.protect=null-space", "fit.bootstrap=0")
@@ -349,6 +350,7 @@ def test_two_processes_equal_one(judge: Script, tmp_path: Path, estimator: str) 
     assert not list((tmp_path / "other" / "fit").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", ["raise", "exit", "kill"])
 def test_a_process_that_fails_ends_all_of_them(judge: Script, tmp_path: Path, dies: str) -> None:
     started = time.monotonic()
