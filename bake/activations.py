@@ -21,6 +21,7 @@ __all__ = ["Conversation", "Keep", "Moments", "Tap", "collect"]
 
 Keep = Literal["mean", "second", "covariance"]
 STRIP = 256  # columns of a Gram matrix at a time
+SAMPLES = 1024  # samples at a time: adding a product to what there is costs as a hundred of them
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Moments:
         self._total = torch.zeros((), dtype=torch.float64)
         self._outer = torch.zeros((), dtype=torch.float64)
         self._kept = torch.zeros((), dtype=torch.float32)
+        self._waiting: list[Tensor] = []
 
     def add(self, samples: Tensor, weights: Tensor, rows: Sequence[int] = ()) -> None:
         """Take in samples [n, d] with weights [n]. Raises FitError when one is not finite.
@@ -85,14 +87,9 @@ class Moments:
         self._total = self._total + weights @ samples.to(torch.float64)
         if self.keep != "mean":
             part = samples.to(torch.float32 if self.keep == "second" else torch.float64)
-            weighted, width = (part * weights[:, None].to(part.dtype)).T, part.shape[1]
-            if not self._outer.ndim:
-                self._outer = torch.zeros(width, width, dtype=torch.float64)
-            # Both halves are the same: what is below these strips is never computed.
-            for first in range(0, width, STRIP):
-                self._outer[first : first + STRIP, first:] += (
-                    weighted[first : first + STRIP] @ part[:, first:]
-                )
+            self._waiting.append(part * weights.sqrt()[:, None].to(part.dtype))
+            if sum(map(len, self._waiting)) >= SAMPLES:
+                self._multiply()
         if self._places:
             if not self._kept.ndim:
                 self._kept = torch.zeros(len(self.rows), samples.shape[1])
@@ -100,15 +97,30 @@ class Moments:
                 if row in self._places:
                     self._kept[self._places[row]] = samples[place].float()
 
+    def _multiply(self) -> None:
+        """Add the products of the samples that wait: many at a time cost less than few."""
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting)
+        self._waiting, width = [], rows.shape[1]
+        if not self._outer.ndim:
+            self._outer = torch.zeros(width, width, dtype=torch.float64)
+        # Both halves are the same: what is below these strips is never computed.
+        for first in range(0, width, STRIP):
+            strip = rows[:, first : first + STRIP].T
+            self._outer[first : first + STRIP, first:] += strip @ rows[:, first:]
+
     def join(self, work: Work) -> None:
         """Take in what all other processes have."""
+        self._multiply()
         found = work.summed([self._weight, self._total, self._outer, self._kept])
         self._weight, self._total, self._outer, self._kept = found
 
     @property
     def held(self) -> int:
         """The numbers that are held in memory."""
-        return sum(one.numel() for one in (self._weight, self._total, self._outer, self._kept))
+        kept = (self._weight, self._total, self._outer, self._kept, *self._waiting)
+        return sum(one.numel() for one in kept)
 
     @property
     def weight(self) -> float:
@@ -125,6 +137,7 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """Weighted mean of x xᵀ [d, d], float64, about zero."""
+        self._multiply()
         upper = self._outer.triu() / self.weight
         return upper + upper.triu(1).T
 
