@@ -69,6 +69,8 @@ def cli(
     \b
     bake --recipe political-open.yaml
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand != "fit":
+        raise click.UsageError("several processes are for `bake fit`; run this without launcher")
     if context.invoked_subcommand:
         if recipe or model or output or overrides or overwrite:
             raise click.UsageError("give the options of a recipe after the subcommand")
@@ -169,8 +171,58 @@ def fit_command(
         except ValidationError as error:
             raise click.UsageError('--layers: expected a range like "8-24"') from error
     loaded = load_recipe(recipe, overrides=overrides, model=model)
-    found = fit_to_file(loaded, Path(output), chosen, overwrite)
-    click.echo(f"{found.table()}\n\nwritten: {output}")
+    fit_to_file(loaded, Path(output), chosen, overwrite, show=click.echo)
+
+
+@cli.command("judge")
+@click.argument("prompts", metavar="SET")
+@_recipe_options
+@click.option("--column", default="text", show_default=True, help="The column of the prompts.")
+@click.option("--answer", default="answer", show_default=True, help="The column of the answers.")
+@click.option("--limit", type=click.IntRange(1), help="Prompts at most.")
+@click.option("--output", metavar="FILE", help="A .jsonl to write, a line an answer.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def judge_command(
+    prompts: str,
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    column: str,
+    answer: str,
+    limit: int | None,
+    output: str | None,
+    overwrite: bool,
+) -> None:
+    """Judge answers to prompts with a recipe's judge, and count the verdicts.
+
+    SET is a built-in set or a file, as in a recipe. Where no prompt has an answer, the recipe's
+    model answers.
+    """
+    from pathlib import Path
+
+    from bake.judge.choice import find_judge
+    from bake.judge.sets import counts, judged_set, write_judged
+    from bake.prompts import Place, load_prompts
+    from bake.recipe import load_recipe
+    from bake.staging import check_file
+
+    if not recipe:
+        raise click.UsageError("--recipe is missing")
+    if prompts.startswith("hub:"):
+        raise click.UsageError(
+            "a Hub dataset needs its commit; name it in a recipe, or give a file"
+        )
+    if output:
+        check_file(Path(output), overwrite)
+    loaded = load_recipe(recipe, overrides=overrides, model=model).recipe
+    every = load_prompts(prompts, language="any", place=Place(column))
+    found, own = judged_set(loaded, every, find_judge(loaded.judge), answer, limit)
+    click.echo(counts(found))
+    if output:
+        # As a bake does: of what must stay refused the verdicts, not what was said.
+        told = not (own and prompts == loaded.prompts.protected.set)
+        write_judged(Path(output), found, told, overwrite)
+        click.echo(f"\nwritten: {output}")
 
 
 @cli.command("geometry")

@@ -246,7 +246,7 @@ def _class(
     side = 1 if refused else -1
     behaves = torch.tensor([one.side == side for one in labels])
     count = int(behaves.sum())
-    found: Observed = bare(model, {"": prompts}, (layer,), progress)[""][layer]
+    found: Observed = bare(model, {"": prompts}, (layer,), progress, samples=True)[""][layer]
     weights = behaves if count >= MINIMUM else torch.ones(len(prompts))
     return Samples.of(found.values, weights.double(), found.topics), count
 

@@ -76,6 +76,7 @@ class ByTopic:
 @pytest.fixture(autouse=True)
 def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setenv("BAKE_CACHE", str(place / "cache"))
     monkeypatch.setattr("bake.pipeline.find_judge", ByTopic)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from bake.activations import Conversation, Tap, collect
 from bake.fit.span import frame, rows_of
 from bake.hooks import on_output
-from bake.model import LiveModel, batches
+from bake.journal import hashed
+from bake.model import Batch, LiveModel, batches
 
 __all__ = ["CosmicScores", "cosmic_score", "least_alike", "shifted"]
 
@@ -66,29 +67,41 @@ class CosmicScores:
 
         Of several directions it is their span, `basis` [k, d], that is taken out.
         """
-        with shifted(self._model, self._count, remove=vector if basis is None else basis):
-            removed = self._means(self._refused, self.layers)
+        span = vector if basis is None else basis
+        with shifted(self._model, self._count, remove=span):
+            removed = self._means(self._refused, self.layers, f"without {_digest(span)}")
+        drawn = _digest(vector)
         with shifted(self._model, self._count, add={layer: vector}):
-            induced = self._means(self._answered, self.layers)
+            induced = self._means(self._answered, self.layers, f"with {drawn} behind {layer}")
         return cosmic_score(removed, induced, *self._clean)
 
     def divergence(self, vector: Tensor) -> float:
         """KL(clean ‖ without the direction) at the last token of the answered prompts."""
-        total = 0.0
         padding = self._model.tokenizer.pad_token_id
-        for batch in batches([one.ids for one in self._answered], padding, 8):
+
+        def moved(batch: Batch) -> dict[str, Tensor]:
             before = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
             with shifted(self._model, self._count, remove=vector):
                 after = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
-            total += float((before.exp() * (before - after)).sum())
-        return total / len(self._answered)
+            return {"divergence": (before.exp() * (before - after)).sum()}
 
-    def _means(self, conversations: Sequence[Conversation], layers: Iterable[int]) -> Tensor:
+        key = ["divergence", _digest(vector)]
+        padded = batches([one.ids for one in self._answered], padding, 8)
+        parts = [
+            found["divergence"].double()
+            for _, found in self._model.work.results(padded, moved, lambda _: key)
+        ]
+        (total,) = self._model.work.summed([sum(parts, torch.zeros((), dtype=torch.float64))])
+        return float(total) / len(self._answered)
+
+    def _means(
+        self, conversations: Sequence[Conversation], layers: Iterable[int], state: str = "bare"
+    ) -> Tensor:
         """Mean states [layers, d] behind blocks at the last prompt token."""
         taps: dict[Any, Tap] = {
             layer: Tap(self._model.block(layer), "output", "last") for layer in layers
         }
-        found = collect(self._model, conversations, taps)
+        found = collect(self._model, conversations, taps, state=state)
         return torch.stack([found[layer].mean for layer in taps])
 
 
@@ -126,6 +139,11 @@ def shifted(
         handle = on_output(blocks[layer], lambda state, _, moved=moved: state + moved)
         stack.callback(handle.remove)
     return stack
+
+
+def _digest(vector: Tensor) -> str:
+    """What tells a vector from every other, in the journal."""
+    return hashed(vector.tolist())
 
 
 def _shortened(conversations: Sequence[Conversation]) -> list[Conversation]:

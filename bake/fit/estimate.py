@@ -96,7 +96,8 @@ def estimated(
             figures[layer] |= held_out(reading, refused[source], answered[source])
         if recipe.fit.bootstrap and not learn:
             figures[layer]["spread"] = bootstrap_cosine(
-                estimates[source], *samples[source], recipe.fit.bootstrap, recipe.seed
+                *(estimates[source], refused[source].kept, answered[source].kept),
+                *(recipe.fit.bootstrap, recipe.seed),
             )
         if cosmic:
             basis = vectors[layer].float() if several else None
@@ -157,7 +158,7 @@ def _protection(choice: Fit, found: Activations, concepts: Activations, layer: i
     if choice.protect == "none":
         return lambda direction, _: direction
     if choice.protect == "null-space":
-        kept = [found[role][layer].values for role in ("protected", "general")]
+        kept = [found[role][layer].everything for role in ("protected", "general")]
         axes = busiest(torch.cat(kept).to(torch.float64), choice.protect_share)
         return lambda direction, _: in_null_space(direction, axes)
     protected = found["protected"][layer].samples.mean

@@ -11,15 +11,16 @@ from torch import Tensor
 from bake.activations import Conversation, Moments, Tap, collect
 from bake.directions import Directions
 from bake.fit.cosmic import CosmicScores
-from bake.fit.estimate import Activations, estimated
+from bake.fit.estimate import Activations, estimated, roles_shown
 from bake.fit.labels import Labelled
 from bake.fit.learned import LEARNED, Lesson, Said
 from bake.fit.scores import Observed
+from bake.fit.stream import observed
 from bake.model import LiveModel
 from bake.prompts import Prompt
 from bake.recipe import Recipe
 
-__all__ = ["Evidence", "bare", "directions_of", "stream"]
+__all__ = ["Evidence", "bare", "directions_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,28 +39,27 @@ class Evidence:
     sets: Activations
 
 
-def stream(model: LiveModel, layers: Sequence[int]) -> dict[Any, Tap]:
-    """The taps behind some blocks, at the last prompt token."""
-    return {layer: Tap(model.block(layer), "output", "last", "samples") for layer in layers}
-
-
 def bare(
     model: LiveModel,
     sets: Mapping[str, Sequence[Prompt]],
     layers: Sequence[int],
     progress: Callable[[int], None] = lambda _: None,
+    *,
+    samples: bool = False,
 ) -> dict[str, dict[int, Observed]]:
-    """The activations of prompt sets behind some blocks; nobody asks how they are answered."""
+    """What prompt sets leave behind some blocks; nobody asks how they are answered.
+
+    Their means, or with `samples` every activation.
+    """
     found = {}
     for name, prompts in sets.items():
         starts = [tuple(model.render(prompt.text)) for prompt in prompts]
         conversations = [Conversation(ids, len(ids) - 1, ()) for ids in starts]
-        measured = collect(model, conversations, stream(model, layers), progress=progress)
-        topics = tuple(prompt.topic for prompt in prompts)
-        one = torch.ones(len(starts), dtype=torch.float64)
-        found[name] = {
-            layer: Observed(measured[layer].values, one, one, topics) for layer in layers
-        }
+        labels = [Labelled(prompt, (), (), 0.0, ()) for prompt in prompts]
+        rows = tuple(range(len(prompts))) if samples else ()
+        taps = {layer: Tap(model.block(layer), "output", "last", rows=rows) for layer in layers}
+        measured = collect(model, conversations, taps, progress=progress, state="bare")
+        found[name] = {layer: observed(measured, layer, conversations, labels) for layer in layers}
     return found
 
 
@@ -69,33 +69,25 @@ def directions_of(
     """The directions behind some layers with their figures, COSMIC's score too where `scored`."""
     conversations, choice = evidence.conversations, recipe.fit
     seen = [layer for layer in evidence.moments[choice.refused] if isinstance(layer, int)]
-    observed = {
-        role: {layer: _observed(evidence, role, layer) for layer in seen}
-        for role in evidence.labels
+    found = {
+        role: {
+            layer: observed(evidence.moments[role], layer, conversations[role], labels)
+            for layer in seen
+        }
+        for role, labels in evidence.labels.items()
+        if role in roles_shown(choice)
     }
     cosmic = learn = None
     if scored or choice.estimator == "cosmic":
         classes = conversations[choice.refused], conversations[choice.contrast]
         cosmic = CosmicScores(evidence.model, *classes, evidence.depth)
     if choice.estimator in LEARNED:
-        learn = partial(LEARNED[choice.estimator], _lesson(recipe, evidence, observed, layers))
-    return estimated(recipe, observed, evidence.sets, layers, cosmic, learn)
-
-
-def _observed(evidence: Evidence, role: str, layer: int) -> Observed:
-    labels = evidence.labels[role]
-    weights = [one.weight for one in evidence.conversations[role]]
-    confidences = [one.confidence for one in labels]
-    return Observed(
-        evidence.moments[role][layer].values,
-        torch.tensor(weights, dtype=torch.float64),
-        torch.tensor(confidences, dtype=torch.float64),
-        tuple(one.prompt.topic for one in labels),
-    )
+        learn = partial(LEARNED[choice.estimator], _lesson(recipe, evidence, found, layers))
+    return estimated(recipe, found, evidence.sets, layers, cosmic, learn)
 
 
 def _lesson(
-    recipe: Recipe, evidence: Evidence, observed: Activations, layers: Sequence[int]
+    recipe: Recipe, evidence: Evidence, classes: Activations, layers: Sequence[int]
 ) -> Lesson:
     """What an estimator learns from: the prompts that behave as their class does."""
     choice = recipe.fit
@@ -106,11 +98,11 @@ def _lesson(
 
     def kinds(layer: int) -> Tensor:
         roles = dict.fromkeys((choice.refused, "protected"))
-        found = [observed[role][layer] for role in roles if role in observed]
+        found = [classes[role][layer] for role in roles if role in classes]
         found += [evidence.sets[name][layer] for name in choice.categories]
         return torch.stack([one.samples.mean for one in found])
 
-    refused, answered = observed[choice.refused], observed[choice.contrast]
+    refused, answered = classes[choice.refused], classes[choice.contrast]
     return Lesson(
         *(evidence.model, evidence.depth, said(choice.refused), said(choice.contrast)),
         samples={layer: (refused[layer].samples, answered[layer].samples) for layer in layers},

@@ -16,10 +16,11 @@ from bake.checkpoint import Checkpoint
 from bake.directions import Directions
 from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
-from bake.fit.estimate import roles_of_direction
-from bake.fit.evidence import Evidence, bare, directions_of, stream
+from bake.fit.estimate import roles_of_direction, roles_shown
+from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.readout import ReadoutClass, ridge_readout
+from bake.fit.stream import stream_taps
 from bake.fit.wrmd import confidence_weight
 from bake.hooks import Intervention
 from bake.judge import Judge
@@ -81,12 +82,13 @@ def fit(
     layers = direction_layers(recipe)
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
-    taps = _taps(model, plan, recipe, seen)
-    moments = {
-        role: collect(model, found, taps, progress=progress)
-        for role, found in conversations.items()
-        if taps
-    }
+    probes = _probes(model, plan, recipe)
+    moments: dict[str, dict[Any, Moments]] = {}
+    for role, found in conversations.items():
+        if taps := probes | _stream(model, base, recipe, seen, role, found):
+            moments[role] = collect(model, found, taps, progress=progress)
+        else:
+            progress(len(found))
     openings: dict[str, dict[str, float]] = {}
 
     def probe(module: str, ridge: float) -> Tensor:
@@ -135,11 +137,10 @@ def fit_directions(
     conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth)
-    taps = stream(model, seen)
-    moments = {
-        role: collect(model, found, taps, progress=progress)
-        for role, found in conversations.items()
-    }
+    moments = {}
+    for role, found in conversations.items():
+        taps = _stream(model, base, recipe, seen, role, found)
+        moments[role] = collect(model, found, taps, progress=progress, state="bare")
     sets = bare(model, concepts, seen, progress)
     evidence = Evidence(model, depth, labels, conversations, moments, sets)
     directions = directions_of(recipe, evidence, layers, scored=True)
@@ -223,12 +224,12 @@ def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
     return found
 
 
-def _taps(model: LiveModel, plan: Plan, recipe: Recipe, layers: Sequence[int]) -> dict[Any, Tap]:
-    """What to measure: the stream behind `layers`, and the inputs that probes read.
+def _probes(model: LiveModel, plan: Plan, recipe: Recipe) -> dict[Any, Tap]:
+    """The inputs that probes read.
 
     In front of a post-norm a probe reads in units of what the norm divides by.
     """
-    taps = stream(model, layers)
+    taps: dict[Any, Tap] = {}
     norms = {
         one.module: model.arch.post_norm(one.layer, one.branch)
         for written in model.arch.written(edit.tensor for edit in plan.edits).values()
@@ -239,6 +240,21 @@ def _taps(model: LiveModel, plan: Plan, recipe: Recipe, layers: Sequence[int]) -
         behind = model.module(norm.module) if norm else None
         taps[module] = Tap(model.module(module), "input", "decision", "second", behind)
     return taps
+
+
+def _stream(
+    model: LiveModel,
+    base: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    role: str,
+    conversations: Sequence[Conversation],
+) -> dict[Any, Tap]:
+    """The stream behind `layers`, where the direction is made of the role."""
+    if role not in roles_shown(recipe.fit):
+        return {}
+    width = model.arch.width(base.config)
+    return stream_taps(model, layers, recipe.fit, role, conversations, width)
 
 
 def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[int]:
