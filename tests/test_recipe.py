@@ -208,7 +208,7 @@ def test_three_mistakes_give_three_lines_with_positions(tmp_path: Path) -> None:
         "guard:\n"
         "  protected_drop: lots\n"
         "export:\n"
-        "  gguf: {edited_type: q4_0}\n"
+        "  gguf: {edited_type: q9_0}\n"
     )
     assert mistakes(tmp_path, text) == [
         "mine.yaml:7:5: edits.0.strenght: unknown key 'strenght'; did you mean 'strength'?",
