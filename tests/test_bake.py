@@ -39,7 +39,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def baked(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield bake(small(tmp_path_factory.mktemp("baked") / "out"))
+    yield bake(small(tmp_path_factory.mktemp("baked") / "out", "export.adapters=[peft, gguf]"))
 
 
 def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> None:
@@ -52,7 +52,10 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         "answers.jsonl",
         "config.json",
         "model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
         "political-open.gguf",
+        "political-open.lora.gguf",
         "steering/directions.safetensors",
         "tokenizer.json",
     }
@@ -60,6 +63,8 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         assert file_hash(baked / name) == digest
     assert len(manifest["residuals"]) == len(manifest["gguf"]) == len(manifest["plan"]["edits"])
     assert all(one["surviving_share"] > 0.98 for one in manifest["gguf"])
+    parity = manifest["measured"]["parity"]
+    assert parity["llama.cpp, the LoRA on the base GGUF"]["lost_share"] < 0.1
     assert manifest["measured"]["parity"]["transformers"]["lost_share"] < 1e-4
 
 

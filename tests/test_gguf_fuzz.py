@@ -26,7 +26,7 @@ QUICK = settings(
 )
 KINDS = {
     name: GGMLQuantizationType[name]
-    for name in ("F16", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "IQ3_S", "IQ2_S", "TQ1_0")
+    for name in ("F16", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "IQ3_S", "TQ1_0")
 }
 CHANGE = st.one_of(
     st.binary(min_size=1, max_size=8),

@@ -20,7 +20,7 @@ SCALAR = (
     *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"),
     *("MXFP4", "NVFP4", "Q3_K", "Q2_K", "TQ2_0"),
 )
-ROWS, COLUMNS = 96, 512
+ROWS, COLUMNS = 384, 512
 NAME = "blk.0.ffn_down.weight"
 
 
@@ -60,7 +60,7 @@ def one_patch(
 ) -> PatchedTensor:
     file = stored(folder / f"{base}.gguf", KINDS[base], weight())
     (report,) = patch(
-        *(file, {NAME: [edit]}, folder / f"{asked}.gguf"),
+        *(file, {NAME: [edit]}, folder / f"{asked}.out.gguf"),
         edited_type=KINDS.get(asked, asked),
         inputs={} if inputs is None else {NAME: inputs},
     )
@@ -115,8 +115,8 @@ def test_feedback_serves_the_inputs(name: str) -> None:
 
     nearest = lost(rounded(bytes_of, kind, wanted, None))
     assert lost(rounded(bytes_of, kind, wanted, Feedback.of(moment))) < 0.5 * nearest
-    again = lost(quantised(wanted.numpy(), kind))
-    assert nearest < again or name == "Q8_0"
+    if name in ("Q4_1", "IQ4_NL"):
+        assert nearest < 0.5 * lost(quantised(wanted.numpy(), kind))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_feedback_serves_the_inputs(name: str) -> None:
         ("Q4_K", 0.02, True),
         ("Q4_K", 0.1, False),
         ("Q4_K", 1.5, False),
-        ("IQ2_S", 0.02, False),
+        ("IQ3_S", 0.02, False),
         ("MXFP4", 0.2, False),
         ("BF16", 1e-3, False),
         ("F16", 0.1, False),
@@ -150,7 +150,7 @@ def test_auto_is_the_smallest_that_keeps_the_edit(
         smaller.append(way.kind.name)
         if not way.feedback:
             one = one_patch(tmp_path, base, edit, way.kind.name, moment)
-            (tmp_path / f"{way.kind.name}.gguf").unlink()
+            (tmp_path / f"{way.kind.name}.out.gguf").unlink()
             assert way.kind.name in ("F16", "BF16") or not (
                 one.surviving_share >= LEAST_SHARE and one.noise <= MOST_NOISE
             )
@@ -161,7 +161,7 @@ def test_the_report_is_of_the_bytes_written(tmp_path: Path) -> None:
     edit, moment = small_edit(0.02), gram()
     report = one_patch(tmp_path, "Q4_K", edit, "Q8_0", moment)
     base = GGUFFile.open(tmp_path / "Q4_K.gguf").read(NAME)
-    found = GGUFFile.open(tmp_path / "Q8_0.gguf").read(NAME) - base
+    found = GGUFFile.open(tmp_path / "Q8_0.out.gguf").read(NAME) - base
     wanted = edit.left @ edit.right
     power = float(((wanted @ moment) * wanted).sum())
     assert report.surviving_share == pytest.approx(

@@ -174,7 +174,8 @@ def _trials(kind: GGMLQuantizationType, size: int) -> Bytes:
     """Return some random blocks whose weights are numbers, and not all of them the same."""
     drawn = np.random.default_rng(0).integers(0, 256, (64 * _TRIALS, size), dtype=np.uint8)
     values = dequantised(drawn, kind)
-    sane = np.isfinite(values).all(1) & (np.abs(values).max(1) < 1e30) & (np.ptp(values, 1) > 1e-30)
+    # A comparison with what is no number is false.
+    sane = (np.abs(values).max(1) < 1e30) & (values.max(1) > values.min(1))
     return np.ascontiguousarray(drawn[sane][:_TRIALS])
 
 

@@ -23,7 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from bake.export.lattice import Feedback, find_lattice, rounded
-from bake.ggml import Bytes, dequantised, needs_importance, quantised, row_slices
+from bake.ggml import Bytes, dequantised, quantised, row_slices
 from bake.gguf_file import GGUFTensor, read_stored
 
 __all__ = [
@@ -100,8 +100,10 @@ def ways(tensor: GGUFTensor, asked: EditedType) -> tuple[Way, ...]:
         return (Way(own, feedback=True),)
     if asked != "auto":
         return (Way(fitting(asked, tensor.shape[-1])),)
-    found = [Way(own, feedback=True)] if find_lattice(own) else []
-    found += [] if needs_importance(own) else [Way(own)]
+    found = [Way(own)] if own in FLOATS else []
+    if find_lattice(own):
+        # Where weights share codes, fitting new ones is slow and keeps no edit.
+        found = [Way(own, feedback=True), Way(own)]
     larger = (kind for kind in _LADDER if kind is not own and _size(kind) >= _size(own))
     return (
         *found,
