@@ -21,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from llama_cpp._ctypes_extensions import load_shared_library
 
 __all__ = [
+    "LARGEST",
     "WRITABLE",
     "Bytes",
     "Floats",
@@ -44,6 +45,9 @@ WRITABLE = tuple(
 )
 """The types of `ggml_quantize_chunk` (ggml's src/ggml.c) that gguf-py can read back."""
 
+LARGEST = 1e7
+"""Beyond this no block can have its scale in F16, and the IQ types end the process."""
+
 _CHUNK = 1 << 22
 """Weights at a time, 16 MiB of float32."""
 _NO_TYPE = b"NONE"
@@ -66,8 +70,8 @@ class _Traits(ctypes.Structure):
 def quantised(weight: Floats, kind: GGMLQuantizationType) -> Bytes:
     """Return the rows of a matrix [rows, columns] as bytes [rows, row_bytes] of a writable type.
 
-    The weights are finite, their squares too, the columns a multiple of the type's block, and
-    the type is not one that `needs_importance`. What overflows the type becomes infinite.
+    The weights are finite, in a type of blocks at most `LARGEST`, the columns a multiple of the
+    block, and the type is not one that `needs_importance`. What overflows becomes infinite.
     """
     rows, columns = weight.shape
     stored = np.empty((rows, row_bytes(kind, columns)), dtype=np.uint8)

@@ -6,6 +6,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import _type_traits, dequantize, quantize
 
 from bake.ggml import (
+    LARGEST,
     WRITABLE,
     can_dequantise,
     dequantised,
@@ -107,6 +108,6 @@ def test_slices_tile_the_rows(rows: int, columns: int, most: int) -> None:
 def test_odd_numbers_do_not_end_the_process(kind: GGMLQuantizationType) -> None:
     rows = normal(8, 512)
     rows[0], rows[1] = 0, 1e-42
-    rows[2, 5], rows[3, :7] = 1e18, -1e18
-    rows[4], rows[5] = 1e15, np.abs(rows[5]) * 1e-30
+    rows[2, 5], rows[3, :7] = LARGEST, -LARGEST
+    rows[4], rows[5], rows[6] = LARGEST, rows[5] * 1e-30, rows[6] * (LARGEST / 5)
     assert quantised(rows, kind).shape == (8, row_bytes(kind, 512))

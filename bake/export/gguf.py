@@ -33,7 +33,7 @@ from bake.export.requantise import (
     Way,
     ways,
 )
-from bake.ggml import WRITABLE, needs_importance, row_bytes
+from bake.ggml import LARGEST, WRITABLE, needs_importance, row_bytes
 from bake.gguf_file import (
     MAGIC,
     MAX_DIMENSIONS,
@@ -304,6 +304,11 @@ def _requantise(
 ) -> tuple[GGUFTensor, Way, Survival]:
     """Write a change in the first way that keeps it, or in the last one."""
     possible = ways(change.tensor, asked.edited_type)
+    if max(map(abs, change.after.aminmax())) > LARGEST:
+        possible = tuple(way for way in possible if way.kind in FLOATS)
+        if not possible:
+            kind = ways(change.tensor, asked.edited_type)[0].kind
+            raise _not_finite(files, change.tensor.name, kind)
     for way in possible:
         last = way is possible[-1]
         if not last and change.hopeless(way):
@@ -366,8 +371,7 @@ def _create(
 
 
 def _check_finite(files: Files, name: str, tensor: Tensor, kind: GGMLQuantizationType) -> None:
-    # ggml ends the process over numbers whose squares it cannot add up.
-    if not torch.isfinite(torch.linalg.vector_norm(tensor)):
+    if not torch.isfinite(tensor).all():
         raise _not_finite(files, name, kind)
 
 
