@@ -321,8 +321,11 @@ def _patch(
 ) -> tuple[PatchedTensor, ...]:
     assert ready.recipe.export.gguf is not None
     asked = ready.recipe.export.gguf.edited_type
-    chosen = asked == "auto" or asked == "same"
-    kind: EditedType = asked if chosen else GGMLQuantizationType[asked.upper()]
+    kind: EditedType
+    if asked == "auto" or asked == "same":
+        kind = asked
+    else:
+        kind = GGMLQuantizationType[asked.upper()]
     size = sum(tensor.nbytes for tensor in base.tensors.values())
     with progress("gguf", size) as update:
         patched = patch_gguf(
