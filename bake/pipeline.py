@@ -321,11 +321,9 @@ def _patch(
 ) -> tuple[PatchedTensor, ...]:
     assert ready.recipe.export.gguf is not None
     asked = ready.recipe.export.gguf.edited_type
-    kind: EditedType
-    if asked == "auto" or asked == "same":
-        kind = asked
-    else:
-        kind = GGMLQuantizationType[asked.upper()]
+    kind: EditedType = (
+        asked if asked == "auto" or asked == "same" else GGMLQuantizationType[asked.upper()]
+    )
     size = sum(tensor.nbytes for tensor in base.tensors.values())
     with progress("gguf", size) as update:
         patched = patch_gguf(
