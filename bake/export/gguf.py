@@ -55,7 +55,7 @@ class PatchedTensor:
     """How one tensor was written, measured from the bytes of the output.
 
     `surviving_share` and `noise` are those of `bake.export.requantise`, weighted `by_inputs`
-    where their second moment was given; with `feedback` the base's own lattice was kept.
+    where their second moment was given; with `feedback` roundings made good each other.
     `residual` is the largest of the edits' own residuals, each
     alone on the base with the writing error of all of them laid on it. A new
     tensor has no `base_type`.
@@ -303,7 +303,7 @@ def _requantise(
     files: Files, offset: int, change: Change, asked: _Asked
 ) -> tuple[GGUFTensor, Way, Survival]:
     """Write a change in the first way that keeps it, or in the last one."""
-    possible = ways(change.tensor, asked.edited_type)
+    possible = ways(change.tensor, asked.edited_type, change.gram is not None)
     if max(map(abs, change.after.aminmax())) > LARGEST:
         possible = tuple(way for way in possible if way.kind in FLOATS)
         if not possible:

@@ -68,7 +68,10 @@ _SAMPLE = 128
 
 @dataclass(frozen=True)
 class Way:
-    """A type to write in: as ggml quantises, or with feedback on the base's own lattice."""
+    """A type to write in: as ggml quantises, or with feedback.
+
+    Feedback is on the base's own lattice in its own type, on that which ggml finds in others.
+    """
 
     kind: GGMLQuantizationType
     feedback: bool = False
@@ -87,7 +90,7 @@ class Survival:
         return self.share >= LEAST_SHARE and self.noise <= MOST_NOISE
 
 
-def ways(tensor: GGUFTensor, asked: EditedType) -> tuple[Way, ...]:
+def ways(tensor: GGUFTensor, asked: EditedType, inputs_known: bool = False) -> tuple[Way, ...]:
     """Return the ways to write an edit of `tensor` from the smallest on; the last always serves.
 
     Vectors keep their type, and so do floating-point matrices unless `auto` finds that the
@@ -107,7 +110,11 @@ def ways(tensor: GGUFTensor, asked: EditedType) -> tuple[Way, ...]:
     larger = (kind for kind in _LADDER if kind is not own and _size(kind) >= _size(own))
     return (
         *found,
-        *(Way(kind) for kind in larger if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0),
+        *(
+            Way(kind, inputs_known and find_lattice(kind) is not None)
+            for kind in larger
+            if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+        ),
     )
 
 
@@ -170,6 +177,9 @@ class Change:
         after = self.after[rows]
         if not way.feedback:
             return quantised(after.numpy(), way.kind)
+        if way.kind is not self.tensor.type:
+            fitted = quantised(after.numpy(), way.kind)
+            return rounded(fitted, way.kind, after, self._feedback)
         each = [rows]
         if rows.step:
             each = [slice(row, row + 1) for row in range(rows.start, rows.stop, rows.step)]
