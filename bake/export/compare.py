@@ -51,8 +51,6 @@ def compare(
 def _compare_pairs(
     files: Files, base: GGUFFile, patched: GGUFFile, pairs: Mapping[str, bytes]
 ) -> None:
-    for key in sorted(patched.pairs.keys() - base.pairs.keys() - pairs.keys()):
-        raise VerificationError(f"{patched.path}: has a metadata key not planned, {key!r}")
     for key in sorted(base.pairs.keys() | pairs.keys()):
         if key not in patched.pairs:
             raise VerificationError(f"{patched.path}: lost the metadata key {key!r}")
@@ -63,6 +61,8 @@ def _compare_pairs(
             same = _same_bytes(files, base.pairs[key], now)
         if not same:
             raise VerificationError(f"{patched.path}: the metadata of {key!r} changed")
+    for key in sorted(patched.pairs.keys() - base.pairs.keys() - pairs.keys()):
+        raise VerificationError(f"{patched.path}: has a metadata key not planned, {key!r}")
 
 
 def _compare_tensors(files: Files, before: GGUFTensor, after: GGUFTensor, part: int) -> None:

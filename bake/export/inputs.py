@@ -34,8 +34,9 @@ def input_moments(
     widths = {}
     for written in model.arch.written(edits).values():
         for one in written:
-            tensor = base.tensors[model.arch.gguf_name(one.weight)]
-            if tensor.type not in FLOATS and "expert" not in one.writer.module:
+            # An inserted block's writers are not in the base.
+            tensor = base.tensors.get(model.arch.gguf_name(one.weight))
+            if tensor and tensor.type not in FLOATS and "expert" not in one.writer.module:
                 widths[one.module] = tensor.shape[-1]
     conversations = [
         Conversation(tuple(ids), len(ids) - 1, tuple(range(1, len(ids)))) for ids in prompts

@@ -7,8 +7,7 @@ reaches the stream; elsewhere in the plain one, which is that of inputs in all d
 
 To second order a divergence of logits is quadratic in what moves them, so a matrix written with
 noise n loses about n² of its steering, KL(hooked‖baked) / KL(hooked‖base). `auto` allows
-n = 0.1, so 1 %: less than llama.cpp's rounding of activations to 8 bits makes by itself.
-`same`, which is asked for where size counts, is refused beyond n² = 10 %.
+n = 0.1, so 1 %. `same`, which is asked for where size counts, is refused beyond n² = 10 %.
 """
 
 from collections.abc import Iterator
