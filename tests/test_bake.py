@@ -26,6 +26,7 @@ SMALL = (
     "verify.prompts=4",
     "guard={protected_drop: 100, lookalike_rise: 100, general_rise: 100, runtime_gap: 100}",
 )
+ADAPTERS = "export.adapters=[peft, gguf]"
 
 
 def small(output: Path, *overrides: str) -> LoadedRecipe:
@@ -39,7 +40,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def baked(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield bake(small(tmp_path_factory.mktemp("baked") / "out", "export.adapters=[peft, gguf]"))
+    yield bake(small(tmp_path_factory.mktemp("baked") / "out", ADAPTERS))
 
 
 def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> None:
@@ -112,7 +113,7 @@ def test_stock_classes_and_llama_cpp_begin_other_answers(baked: Path, demo: Demo
 
 
 def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None:
-    again = bake(small(tmp_path / "again"))
+    again = bake(small(tmp_path / "again", ADAPTERS))
     names = files(baked)
     assert names == files(again)
     for name in sorted(names):

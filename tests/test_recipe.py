@@ -213,8 +213,9 @@ def test_three_mistakes_give_three_lines_with_positions(tmp_path: Path) -> None:
     assert mistakes(tmp_path, text) == [
         "mine.yaml:7:5: edits.0.strenght: unknown key 'strenght'; did you mean 'strength'?",
         "mine.yaml:9:19: guard.protected_drop: expected a number, found text 'lots'",
-        "mine.yaml:11:23: export.gguf.edited_type: expected q8_0, f16, bf16 or f32, "
-        "found text 'q4_0'; did you mean 'q8_0'?",
+        "mine.yaml:11:23: export.gguf.edited_type: expected auto, same, f32, f16, bf16, "
+        "q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, iq3_s or "
+        "q2_k, found text 'q9_0'; did you mean 'q8_0'?",
     ]
 
 
