@@ -117,7 +117,7 @@ def needs_importance(kind: GGMLQuantizationType) -> bool:
 def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
     """Return the bytes of a row; the columns are a multiple of the type's block."""
     block, size = GGML_QUANT_SIZES[kind]
-    return columns // block * size
+    return columns // int(block) * int(size)
 
 
 def row_slices(rows: int, columns: int, weights: int = _CHUNK) -> Iterator[slice]:

@@ -71,7 +71,7 @@ def test_a_small_recipe_gets_every_default(tmp_path: Path) -> None:
     assert recipe.prompts.lookalike == PromptSource(set="lookalikes")
     assert recipe.fit.positions.template == 6
     assert recipe.fit.positions.answer == 10
-    assert recipe.export.gguf == GGUFExport(base="demo", edited_type="q8_0")
+    assert recipe.export.gguf == GGUFExport(base="demo", edited_type="auto")
     assert recipe.verify.lost_share == 1e-3
     assert (recipe.guard.protected_drop, recipe.guard.runtime_gap) == (2.0, 3.0)
     assert recipe.runtimes == ("transformers", "llama.cpp", "ollama")
@@ -385,6 +385,43 @@ def test_no_edits_and_no_exports(tmp_path: Path) -> None:
         "set export.gguf, or evaluate.runtimes to [transformers]",
         "mine.yaml:2:9: export: nothing is exported; set safetensors: true or give a gguf",
     ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "export", "expected"),
+    [
+        (
+            "{op: ablate, layers: 3}",
+            "{adapters: [gguf]}",
+            "adapters: a LoRA for llama.cpp is of a GGUF; give export.gguf",
+        ),
+        (
+            "{op: ablate, layers: 3, variant: norm-preserving}",
+            "{adapters: [peft]}",
+            "adapters: a norm-preserving ablation is of full rank, and a LoRA is not; "
+            "leave one out",
+        ),
+        *(
+            (
+                edit,
+                "{control_vector: true}",
+                "control_vector: llama.cpp adds it after blocks from 1 on; leave it out, or use "
+                "add, site: out",
+            )
+            for edit in (
+                "{op: ablate, layers: 3}",
+                "{op: add, layer: 0, strength: 1}",
+                "{op: add, layer: 3, strength: 1, site: mid}",
+            )
+        ),
+    ],
+)
+def test_what_stands_beside_a_base_has_bounds(
+    tmp_path: Path, edit: str, export: str, expected: str
+) -> None:
+    text = f"{PLAIN}edits: [{edit}]\nexport: {export}\n"
+    (found,) = mistakes(tmp_path, text)
+    assert found.endswith(f": export.{expected}")
 
 
 def test_an_alias_in_itself(tmp_path: Path) -> None:

@@ -283,9 +283,9 @@ def _edit(asked: _Asked, files: Files, offset: int, name: str) -> tuple[GGUFTens
     else:
         _check_finite(files, name, edited, old.type)
         columns = old.shape[-1] if old.shape else 1
-        rows = (one.reshape(-1, columns) for one in (before, edited))
-        gram = asked.inputs.get(name)
-        new, way, found = _requantise(files, offset, Change(files.path, old, *rows, gram), asked)
+        rows = before.reshape(-1, columns), edited.reshape(-1, columns)
+        change = Change(files.path, old, *rows, asked.inputs.get(name))
+        new, way, found = _requantise(files, offset, change, asked)
     after = read_tensor(files.output, new)
     _check_finite(files, name, after, new.type)
     if len(edits) == 1:

@@ -46,8 +46,8 @@ def input_moments(
         taps = {name: Tap(model.module(name), "input", "decision", "second") for name in modules}
         with steered(model, interventions):
             moments = collect(model, conversations, taps)
-        for name, one in moments.items():
-            found[model.arch.gguf_name(f"{name}.weight")] = one.gram.float()
+        for name, moment in moments.items():
+            found[model.arch.gguf_name(f"{name}.weight")] = moment.gram.float()
     return found
 
 

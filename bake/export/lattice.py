@@ -58,7 +58,8 @@ class Lattice:
     def _gathered(self, stored: Bytes) -> npt.NDArray[np.uint8]:
         bits = self._bits(stored)[:, self.places]
         weights = np.left_shift(1, np.arange(self.places.shape[1])).astype(np.uint8)
-        return (bits * weights).sum(-1, dtype=np.uint8).reshape(len(stored), -1)
+        codes: npt.NDArray[np.uint8] = (bits * weights).sum(-1, dtype=np.uint8)
+        return codes.reshape(len(stored), -1)
 
     def _scattered(self, stored: Bytes, codes: npt.NDArray[np.uint8]) -> Bytes:
         bits = self._bits(stored)

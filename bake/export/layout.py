@@ -152,8 +152,9 @@ def gguf_pairs(plan: Plan, arch: Arch, base: GGUFFile) -> dict[str, bytes]:
     start = f"{base.architecture}."
     pairs = {}
     for key, value in base.metadata.items():
-        listed = isinstance(value, GGUFArray) and value.element_type in SCALARS
-        if listed and key.startswith(start) and value.count == plan.layers:
+        if not (isinstance(value, GGUFArray) and value.element_type in SCALARS):
+            continue
+        if key.startswith(start) and value.count == plan.layers:
             entries = with_copies(base.array(key), insertion.after)
             pairs[key] = packed_pair(key, value.element_type, entries)
     count = plan.layers + len(insertion.after)

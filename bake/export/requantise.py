@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ __all__ = [
 
 F32, F16, BF16 = (GGMLQuantizationType[name] for name in ("F32", "F16", "BF16"))
 FLOATS = (F32, F16, BF16)
-EditedType = GGMLQuantizationType | Literal["auto", "same"]
+EditedType: TypeAlias = GGMLQuantizationType | Literal["auto", "same"]
 LEAST_SHARE, MOST_NOISE = 0.98, 0.1
 """What `auto` asks of a type."""
 MOST_NOISE_SAME = 0.1**0.5
@@ -127,7 +127,7 @@ def fitting(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
 
 def _size(kind: GGMLQuantizationType) -> float:
     block, size = GGML_QUANT_SIZES[kind]
-    return size / block
+    return int(size) / int(block)
 
 
 @dataclass(frozen=True, eq=False)

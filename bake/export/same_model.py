@@ -1,5 +1,7 @@
 """Is a GGUF of the checkpoint's model? Asked of weights, where headers cannot tell."""
 
+from math import exp2
+
 import torch
 from gguf import GGML_QUANT_SIZES
 from torch import Tensor
@@ -52,5 +54,5 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 def _explained(tensor: GGUFTensor) -> float:
     """Four times what a type of b bits a weight is off by, which is about 1.5 · 2⁻ᵇ."""
     block, size = GGML_QUANT_SIZES[tensor.type]
-    bits = 16.0 if tensor.type in FLOATS else 8 * size / block
-    return min(0.9, max(_OWN_ROUNDING, 6 * 2.0**-bits))
+    bits = 16.0 if tensor.type in FLOATS else 8 * int(size) / int(block)
+    return min(0.9, max(_OWN_ROUNDING, 6 * exp2(-bits)))
