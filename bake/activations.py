@@ -1,10 +1,11 @@
 """Streaming statistics of activations: weighted means and second moments.
 
-Batches pass through the decoder once; only sums stay, in float64, so memory does
-not grow with the number of prompts.
+Batches pass once through the decoder, as far as the last tap. Only sums stay, in float64, and
+the samples of the conversations that a tap names: memory does not grow with the prompts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from bake.errors import FitError
 from bake.model import Batch, LiveModel, batches
+from bake.work import Work
 
-__all__ = ["Conversation", "Moments", "Tap", "collect"]
+__all__ = ["Conversation", "Keep", "Moments", "Tap", "collect"]
+
+Keep = Literal["mean", "second", "covariance"]
+STRIP = 256  # columns of a Gram matrix at a time
+SAMPLES = 1024  # samples at a time: adding a product to what there is costs as a hundred of them
 
 
 @dataclass(frozen=True)
@@ -37,46 +43,89 @@ class Conversation:
 class Tap:
     """A place where activations are read: what goes into a module, or what comes out.
 
-    `keep` says what stays of the samples: their mean, also their second moment,
-    or the samples themselves. With a `norm`, which runs after `module`, every sample is
-    divided by the root mean square of what that norm reads at its position.
+    The conversations' weights count at `last` alone: at `every last` they are all 1, as at
+    `decision`. `keep` says what stays of the samples (`Moments`), and `rows` of which
+    conversations the samples themselves stay. With a `norm`, which runs after `module`, every
+    sample is divided by the root mean square of what that norm reads at its position.
     """
 
     module: nn.Module
     side: Literal["input", "output"]
-    positions: Literal["last", "decision"]
-    keep: Literal["mean", "second", "samples"] = "mean"
+    positions: Literal["last", "every last", "decision"]
+    keep: Keep = "mean"
     norm: nn.Module | None = None
+    rows: tuple[int, ...] = ()
 
 
 class Moments:
-    """Running weighted sums of samples x [d]: Σ w, Σ w x, and on demand Σ w x xᵀ [d, d]."""
+    """Running weighted sums of samples x [d]: Σ w, Σ w x, and on demand Σ w x xᵀ [d, d].
 
-    def __init__(self, keep: Literal["mean", "second", "samples"] = "mean") -> None:
+    The products of `second` are of float32: they are the cost of a gate's many tokens. Those
+    of `covariance` are of float64, since the mean is taken off. `rows` are the numbers, in the
+    caller's order, of the samples that stay themselves.
+    """
+
+    def __init__(self, keep: Keep = "mean", rows: Sequence[int] = ()) -> None:
         self.keep = keep
-        self.weight = 0.0
+        self.rows = tuple(rows)
+        self._places = {row: place for place, row in enumerate(self.rows)}
+        self._weight = torch.zeros((), dtype=torch.float64)
         self._total = torch.zeros((), dtype=torch.float64)
         self._outer = torch.zeros((), dtype=torch.float64)
-        self._samples: list[tuple[Tensor, Tensor]] = []
+        self._kept = torch.zeros((), dtype=torch.float32)
+        self._waiting: list[Tensor] = []
 
-    def add(self, samples: Tensor, weights: Tensor, rows: Tensor | None = None) -> None:
+    def add(self, samples: Tensor, weights: Tensor, rows: Sequence[int] = ()) -> None:
         """Take in samples [n, d] with weights [n]. Raises FitError when one is not finite.
 
-        `rows` [n] are the samples' places in the caller's order, for `values`.
+        `rows` are the samples' numbers in the caller's order, where some of them stay.
         """
         if not torch.isfinite(samples).all():
             raise FitError("activations are not finite; the model may need float32 or bfloat16")
-        values, weights = samples.to(torch.float64), weights.to(torch.float64)
-        self.weight += float(weights.sum())
-        self._total = self._total + weights @ values
-        if self.keep == "second":
-            # float32 products, float64 sums: the product is the cost, the sum the precision.
-            part = samples.to(torch.float32)
-            product = part.T @ (part * weights[:, None].to(torch.float32))
-            self._outer = self._outer + product.to(torch.float64)
-        if self.keep == "samples":
-            assert rows is not None
-            self._samples.append((samples.to(torch.float32), rows))
+        weights = weights.to(torch.float64)
+        self._weight = self._weight + weights.sum()
+        self._total = self._total + weights @ samples.to(torch.float64)
+        if self.keep != "mean":
+            part = samples.to(torch.float32 if self.keep == "second" else torch.float64)
+            self._waiting.append(part * weights.sqrt()[:, None].to(part.dtype))
+            if sum(map(len, self._waiting)) >= SAMPLES:
+                self._multiply()
+        if self._places:
+            if not self._kept.ndim:
+                self._kept = torch.zeros(len(self.rows), samples.shape[1])
+            for place, row in enumerate(rows):
+                if row in self._places:
+                    self._kept[self._places[row]] = samples[place].float()
+
+    def _multiply(self) -> None:
+        """Add the products of the samples that wait: many at a time cost less than few."""
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting)
+        self._waiting, width = [], rows.shape[1]
+        if not self._outer.ndim:
+            self._outer = torch.zeros(width, width, dtype=torch.float64)
+        # Both halves are the same: what is below these strips is never computed.
+        for first in range(0, width, STRIP):
+            strip = rows[:, first : first + STRIP].T
+            self._outer[first : first + STRIP, first:] += strip @ rows[:, first:]
+
+    def join(self, work: Work) -> None:
+        """Take in what all other processes have."""
+        self._multiply()
+        found = work.summed([self._weight, self._total, self._outer, self._kept])
+        self._weight, self._total, self._outer, self._kept = found
+
+    @property
+    def held(self) -> int:
+        """The numbers that are held in memory."""
+        kept = (self._weight, self._total, self._outer, self._kept, *self._waiting)
+        return sum(one.numel() for one in kept)
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights."""
+        return float(self._weight)
 
     @property
     def mean(self) -> Tensor:
@@ -88,7 +137,9 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """Weighted mean of x xᵀ [d, d], float64, about zero."""
-        return self._outer / self.weight
+        self._multiply()
+        upper = self._outer.triu() / self.weight
+        return upper + upper.triu(1).T
 
     @property
     def covariance(self) -> Tensor:
@@ -97,9 +148,8 @@ class Moments:
 
     @property
     def values(self) -> Tensor:
-        """The samples themselves [n, d], float32, in the caller's order."""
-        rows = torch.cat([rows for _, rows in self._samples])
-        return torch.cat([samples for samples, _ in self._samples])[rows.argsort(stable=True)]
+        """The samples of `rows` [n, d], float32."""
+        return self._kept
 
 
 def collect(
@@ -108,69 +158,93 @@ def collect(
     taps: Mapping[Any, Tap],
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda _: None,
+    state: str = "",
 ) -> dict[Any, Moments]:
     """Moments of every tap over the chosen positions of all conversations.
 
-    `progress` receives the number of conversations done since the last call.
+    The model's processes share the conversations, and all have the result. `progress` receives
+    the number of conversations done since the last call. `state` names what hooks make of the
+    model, `bare` where there are none: without it no batch is remembered in the journal.
     Raises FitError when there is no conversation or an activation is not finite.
     """
     if not conversations:
         raise FitError("no conversations to measure; the prompt set left none")
-    moments = {name: Moments(tap.keep) for name, tap in taps.items()}
+    moments = {name: Moments(tap.keep, tap.rows) for name, tap in taps.items()}
     # Nothing before the first position that counts is looked at.
     first = min(min(one.last, *one.decision, len(one.ids)) for one in conversations)
     prefix = model.prefix([one.ids for one in conversations], first)
-    chosen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-
+    mask: dict[str, Tensor] = {}
+    seen: dict[Any, Tensor] = {}
     waiting: dict[Any, Tensor] = {}
+
+    def take_in(name: Any, samples: Tensor) -> None:
+        seen[name] = samples
+        if len(seen) == len(taps):
+            raise _EnoughError
 
     def watch(name: Any, tap: Tap) -> list[RemovableHandle]:
         def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             found = inputs[0] if tap.side == "input" else output
-            state = found[0] if isinstance(found, tuple) else found
-            mask, weights, rows = chosen[tap.positions]
-            if tap.norm is None:
-                moments[name].add(state[mask], weights, rows)
+            samples = (found[0] if isinstance(found, tuple) else found)[mask[tap.positions]]
+            if tap.norm:
+                waiting[name] = samples
             else:
-                waiting[name] = state[mask]
+                take_in(name, samples)
 
         def divide(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-            mask, weights, rows = chosen[tap.positions]
-            size = inputs[0][mask].float().square().mean(-1, keepdim=True).sqrt()
-            moments[name].add(waiting.pop(name).float() / size, weights, rows)
+            read = inputs[0][mask[tap.positions]].float()
+            size = read.square().mean(-1, keepdim=True).sqrt()
+            take_in(name, waiting.pop(name).float() / size)
 
         handles = [tap.module.register_forward_hook(take)]
         return handles + ([tap.norm.register_forward_hook(divide)] if tap.norm else [])
 
-    handles = [handle for name, tap in taps.items() for handle in watch(name, tap)]
-    try:
-        padding = model.tokenizer.pad_token_id
-        for batch in batches([one.ids for one in conversations], padding, batch_size, prefix):
-            found = [conversations[row] for row in batch.rows]
-            chosen["last"] = _chosen(
-                batch, [((one.last,), one.weight, len(one.ids)) for one in found]
-            )
-            chosen["decision"] = _chosen(
-                batch, [(one.decision, 1.0, len(one.ids)) for one in found]
-            )
+    def places(batch: Batch) -> dict[str, list[Sequence[int]]]:
+        found = [conversations[row] for row in batch.rows]
+        last: list[Sequence[int]] = [(one.last,) for one in found]
+        return {"last": last, "every last": last, "decision": [one.decision for one in found]}
+
+    def captured(batch: Batch) -> dict[str, Tensor]:
+        lengths = [len(conversations[row].ids) for row in batch.rows]
+        mask.update({name: _mask(batch, one, lengths) for name, one in places(batch).items()})
+        # What lies behind the last tap is not run.
+        with suppress(_EnoughError):
             model.run(batch)
-            progress(len(batch.rows))
+        return {str(name): seen.pop(name) for name in taps}
+
+    def key(batch: Batch) -> object:
+        read = [[str(name), tap.side, tap.positions] for name, tap in taps.items()]
+        return ["captured", state, read, places(batch)]
+
+    handles = [handle for name, tap in taps.items() for handle in watch(name, tap)]
+    padded = batches(
+        [one.ids for one in conversations], model.tokenizer.pad_token_id, batch_size, prefix
+    )
+    try:
+        for batch, found in model.work.results(padded, captured, key if state else None, progress):
+            for name, tap in taps.items():
+                counts = [len(one) for one in places(batch)[tap.positions]]
+                rows = [row for row, n in zip(batch.rows, counts, strict=True) for _ in range(n)]
+                weighted = tap.positions == "last"
+                weights = [conversations[row].weight if weighted else 1.0 for row in rows]
+                given = torch.tensor(weights, dtype=torch.float64)
+                moments[name].add(found[str(name)], given, rows)
     finally:
         for handle in handles:
             handle.remove()
+    for one in moments.values():
+        one.join(model.work)
     return moments
 
 
-def _chosen(
-    batch: Batch, found: Sequence[tuple[Sequence[int], float, int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mask [batch, length] of (positions, weight, length) rows; a weight and row a sample."""
+class _EnoughError(Exception):
+    """Every tap has been read."""
+
+
+def _mask(batch: Batch, places: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+    """The mask [batch, length] of positions in conversations of some lengths."""
     mask = torch.zeros_like(batch.mask, dtype=torch.bool)
-    weights: list[float] = []
-    rows: list[int] = []
-    for place, (positions, weight, length) in enumerate(found):
+    for row, (positions, length) in enumerate(zip(places, lengths, strict=True)):
         shift = batch.ids.shape[1] - length
-        mask[place, [shift + position for position in positions]] = True
-        weights += [weight] * len(positions)
-        rows += [batch.rows[place]] * len(positions)
-    return mask, torch.tensor(weights, dtype=torch.float64), torch.tensor(rows)
+        mask[row, [shift + position for position in positions]] = True
+    return mask

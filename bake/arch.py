@@ -18,6 +18,7 @@ __all__ = [
     "BiasSlot",
     "Block",
     "Branch",
+    "Dense",
     "Inner",
     "PostNorm",
     "Site",
@@ -50,13 +51,16 @@ class Writer:
     """A matrix whose output is added to the residual stream, by its name inside a block.
 
     `bias` is the slot that the stock class loads and adds, if there is one. `suffixes`
-    end the names of its weight and of its bias.
+    end the names of its weight and of its bias. `tiled` are the keys of config.json that count
+    the key heads and the value heads by which llama.cpp's converter orders its columns anew
+    (conversion/qwen.py, `_reorder_v_heads`).
     """
 
     module: str
     axis: Axis = -2
     bias: BiasSlot | None = None
     suffixes: tuple[str, str] = (".weight", ".bias")
+    tiled: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,28 +115,51 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """The keys of config.json by which a mixture of experts has dense blocks too.
+
+    `listed` has their numbers, `width` is that of their MLP, and `step` must be 1: at any
+    other, blocks are dense by their number.
+    """
+
+    listed: str = "mlp_only_layers"
+    width: str = "intermediate_size"
+    step: str = "decoder_sparse_step"
+
+
+@dataclass(frozen=True)
 class Block:
     """The roles of a dense block's modules, for an inserted one that adds a constant.
 
-    Its MLP is down(act(gate x) * up x), where x comes through `norms`, whose gain is
+    Its MLP is down(act(m gate x) * up x), where x comes through `norms`, whose gain is
     `norm_offset` + weight, or is the stream itself; `gate` and `up` may be one module with
-    the gate's rows first. The key `activation` of config.json names act. `per_layer` are
-    the keys with an entry for every layer, `leading` those that count layers from the
-    first one. `unserved` are runtimes that would run the block or those behind it as
-    others, each with the reason. llama.cpp reads the layers' windows from a list in
-    the GGUF if `windows`, and treats models of these `sizes`, in layers, as others.
+    the gate's rows first. m is the number of config.json at the path `gate_scale`, which a
+    GGUF has in the weights, 1 without one. The key `activation` of config.json names act,
+    which is SiLU where there is none. `per_layer` are the keys with an entry for every layer,
+    `leading` those that count layers from the first one, `indices` those that list the numbers
+    of layers; in a mixture of experts the block may be dense by the keys `dense`. `unserved`
+    are runtimes that would run the block or those behind it as others, each with the reason.
+    llama.cpp reads from the list `listed` in the GGUF, by key and entry of `layer_types`, which
+    layers are of that kind, and treats models of these `sizes`, in layers, as others.
     """
 
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     norms: tuple[str, ...] = ("post_attention_layernorm",)
     norm_offset: float = 0.0
-    activation: str = "hidden_act"
+    gate_scale: tuple[str | int, ...] = ()
+    activation: str | None = "hidden_act"
     per_layer: tuple[str, ...] = ()
     leading: tuple[str, ...] = ()
+    indices: tuple[str, ...] = ()
+    dense: Dense | None = None
     unserved: tuple[tuple[str, str], ...] = ()
-    windows: bool = False
+    listed: tuple[str, str] | None = None
     sizes: tuple[int, ...] = ()
+
+    def gate_multiplier(self, numbers: Mapping[str, object]) -> float:
+        """The number that multiplies the gate, of `Arch.numbers`; 1 where the class has none."""
+        return _number(numbers, self.gate_scale)
 
     def refusals(self, before: int, after: int) -> Mapping[str, str]:
         """By runtime, why it would not serve a model of `before` layers that gets `after`."""
@@ -288,13 +315,24 @@ class Arch:
         """By what llama.cpp's converter multiplied this tensor."""
         if self.embedding_folded and tensor in (f"{module}.weight" for module in self.embeddings):
             return self.embedding_multiplier(config)
-        found = self._weights.get(re.sub(r"\.bias$", ".weight", self._inside(tensor)[1]))
+        inside = re.sub(r"\.bias$", ".weight", self._inside(tensor)[1])
+        if isinstance(self.block, Block) and inside == f"{self.block.gate}.weight":
+            return self.block.gate_multiplier(self.numbers(config))
+        found = self._weights.get(inside)
         return found[0].multiplier(self.numbers(config)) if found and found[0].folded else 1.0
 
     def gguf_gain(self, tensor: str) -> float:
         """What llama.cpp's converter adds to a norm's weight: Gemma's 1 (conversion/gemma.py)."""
         offset = self.block.norm_offset if isinstance(self.block, Block) else 0.0
         return offset if tensor.endswith("norm.weight") else 0.0
+
+    def tiled_heads(self, tensor: str, config: Mapping[str, object]) -> tuple[int, int] | None:
+        """Key heads and value heads by which a GGUF orders this tensor's columns, if it does."""
+        found = self._weights.get(self._inside(tensor)[1])
+        if found is None or found[1].tiled is None:
+            return None
+        keys, values = (_positive(self.numbers(config), key) for key in found[1].tiled)
+        return keys, values
 
     def tied(self, names: Iterable[str]) -> bool:
         """Whether the embedding is also the unembedding: there is no other one on disk."""
@@ -319,9 +357,14 @@ class Arch:
             if tensor.endswith(suffix):
                 stem, kind = stem.removesuffix(suffix), suffix
         stack = re.sub(r"\.experts\.\d+", ".experts", stem)
-        name = _gguf_names(self.gguf_architecture).get_name(stack)
-        if name is None:
+        names = _gguf_names(self.gguf_architecture)
+        # The converter calls dt_bias a bias of dt_proj (conversion/mamba.py).
+        name = names.get_name(stack) or (kind == "_bias" and names.get_name(f"{stack}_proj"))
+        if not name:
             raise ArchitectureError(f"{tensor}: no GGUF name is known for this tensor")
+        # A parameter on its own has no suffix there, but for experts (conversion/gpt_oss.py).
+        if not kind and ".experts." not in stem:
+            return str(name)
         return f"{name}.{'bias' if kind.endswith('bias') else 'weight'}"
 
     def check_tensors(self, names: Iterable[str], config: Mapping[str, object]) -> None:

@@ -9,7 +9,7 @@ the same tests through the disk (tests/test_archs.py).
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from bake.arch import Arch, BiasSlot, Block, Branch, Writer
+from bake.arch import Arch, BiasSlot, Block, Branch, Dense, Writer
 from bake.errors import ArchitectureError
 from bake.wrappers import SECTION, text_numbers, wrapped
 
@@ -39,10 +39,24 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj")
 
 
 # Why a row has no inserted block.
-_EXPERTS_IN_IT = "its MLP is a mixture of experts, for which no constant is known"
-_MIXED = "its blocks are of several kinds, which some runtimes take from a block's number"
+_EXPERTS_IN_IT = "its MLP is a mixture of experts in every block, and no expert sees every token"
 _UNGATED = "its MLP has no gate, and its writers have native biases for the vector"
 _WINDOWS = ("layer_types",)
+_LISTED_WINDOWS = ("attention.sliding_window_pattern", "sliding_attention")
+# Blocks are mixtures of experts there, whatever config.json says (qwen3moe.cpp:40).
+_NO_DENSE = tuple(
+    (name, "has no dense block among mixtures of experts") for name in ("llama.cpp", "ollama")
+)
+_DENSE_UNREAD = tuple(
+    (name, "was not read for dense blocks among mixtures of experts") for name in ("mlx", "sglang")
+)
+# Layers of several kinds, which these take from a layer's number (mlx_lm/models/qwen3_5.py:212,
+# sglang/srt/configs/qwen3_next.py, `layers_block_type`).
+_INTERVAL = tuple(
+    (name, "takes a block's kind from its number (full_attention_interval)")
+    for name in ("mlx", "sglang")
+)
+_LISTED_LINEAR = ("attention.recurrent_layers", "linear_attention")
 
 
 def _slot(writer: Writer, slot: BiasSlot, *runtimes: str) -> Writer:
@@ -174,7 +188,7 @@ _COHERE2 = replace(
         norms=("input_layernorm",),
         per_layer=_WINDOWS,
         unserved=(("mlx", "takes a block's window from its number (models/cohere2.py:59)"),),
-        windows=True,
+        listed=_LISTED_WINDOWS,
     ),
 )
 _COHERE = replace(
@@ -220,7 +234,7 @@ _GEMMA2 = replace(
         activation="hidden_activation",
         per_layer=_WINDOWS,
         unserved=(("sglang", "takes a block's window from its number (models/gemma2.py:173)"),),
-        windows=True,
+        listed=_LISTED_WINDOWS,
         sizes=(46,),
     ),
 )
@@ -236,7 +250,7 @@ _GEMMA3 = replace(
         activation="hidden_activation",
         per_layer=_WINDOWS,
         unserved=(("mlx", "takes a block's window from its number (models/gemma3_text.py:55)"),),
-        windows=True,
+        listed=_LISTED_WINDOWS,
         sizes=(62,),
     ),
 )
@@ -253,7 +267,7 @@ _OLMO2 = replace(
     block=Block(norms=()),
 )
 _OLMO3 = replace(
-    _OLMO2, model_type="olmo3", block=Block(norms=(), per_layer=_WINDOWS, windows=True)
+    _OLMO2, model_type="olmo3", block=Block(norms=(), per_layer=_WINDOWS, listed=_LISTED_WINDOWS)
 )
 _GLM4 = replace(
     _PLAIN,
@@ -279,6 +293,8 @@ def _shared(name: str) -> tuple[str, ...]:
     return (f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj", f"mlp.{name}_gate")
 
 
+# The first blocks are dense.
+_LEADING = Block(leading=("first_k_dense_replace",))
 _MIXTRAL = replace(
     _MISTRAL,
     model_type="mixtral",
@@ -295,7 +311,12 @@ _MIXTRAL = replace(
 _QWEN2_MOE = replace(
     _PLAIN,
     model_type="qwen2_moe",
-    block=_EXPERTS_IN_IT,
+    block=Block(
+        dense=Dense(),
+        per_layer=_WINDOWS,
+        leading=("max_window_layers",),
+        unserved=(*_NO_DENSE, *_DENSE_UNREAD),
+    ),
     gguf_architecture="qwen2moe",
     branches=(
         _ATTENTION,
@@ -306,7 +327,7 @@ _QWEN2_MOE = replace(
 _QWEN3_MOE = replace(
     _QWEN3,
     model_type="qwen3_moe",
-    block=_EXPERTS_IN_IT,
+    block=Block(dense=Dense(), unserved=(*_NO_DENSE, *_DENSE_UNREAD)),
     gguf_architecture="qwen3moe",
     branches=(_QWEN3.branches[0], replace(_MLP, writers=(_DOWN, _EXPERTS))),
     readers=(*_QWEN3.readers, *_EXPERT_READERS),
@@ -314,7 +335,7 @@ _QWEN3_MOE = replace(
 _GLM4_MOE = replace(
     _PLAIN,
     model_type="glm4_moe",
-    block=_EXPERTS_IN_IT,
+    block=_LEADING,
     gguf_architecture="glm4moe",
     branches=(
         _ATTENTION,
@@ -326,7 +347,13 @@ _GLM4_MOE = replace(
 _DEEPSEEK_V2 = replace(
     _GLM4_MOE,
     model_type="deepseek_v2",
-    block=_EXPERTS_IN_IT,
+    block=replace(
+        _LEADING,
+        unserved=tuple(
+            (name, "splits kv_b_proj in its files, and bake writes no such tensors")
+            for name in ("llama.cpp", "ollama")
+        ),
+    ),
     gguf_architecture="deepseek2",
     readers=(
         *(*_NORMS, *_GATED, *_EXPERT_READERS, *_shared("shared_experts")),
@@ -377,10 +404,16 @@ _GPT_OSS = replace(
 
 # Blocks of several kinds: a layer has the mixer whose tensors it holds.
 _LINEAR = Branch("attention", "linear_attn", (Writer("linear_attn.out_proj"),))
+_TILED = _with(
+    _LINEAR,
+    Writer("linear_attn.out_proj", tiled=("linear_num_key_heads", "linear_num_value_heads")),
+)
 _QWEN3_NEXT = replace(
     _QWEN2_MOE,
     model_type="qwen3_next",
-    block=_MIXED,
+    block=Block(
+        dense=Dense(), norm_offset=1.0, per_layer=_WINDOWS, unserved=(*_NO_DENSE, *_INTERVAL)
+    ),
     gguf_architecture="qwen3next",
     branches=(_ATTENTION, _LINEAR, _QWEN2_MOE.branches[1]),
     readers=(
@@ -396,10 +429,10 @@ _QWEN3_NEXT = replace(
 _QWEN3_5_MOE = replace(
     _QWEN3_NEXT,
     model_type="qwen3_5_moe_text",
-    block=_MIXED,
+    block=_EXPERTS_IN_IT,
     gguf_architecture="qwen35moe",
     branches=(
-        *_QWEN3_NEXT.branches[:2],
+        *(_ATTENTION, _TILED),
         replace(
             _QWEN3_NEXT.branches[2],
             writers=(
@@ -413,9 +446,9 @@ _QWEN3_5_MOE = replace(
 _QWEN3_5 = replace(
     _QWEN3_NEXT,
     model_type="qwen3_5_text",
-    block=_MIXED,
+    block=Block(norm_offset=1.0, per_layer=_WINDOWS, unserved=_INTERVAL, listed=_LISTED_LINEAR),
     gguf_architecture="qwen35",
-    branches=(_ATTENTION, _LINEAR, _MLP),
+    branches=(_ATTENTION, _TILED, _MLP),
 )
 # transformers models/falcon_h1/modeling_falcon_h1.py:836-840, 921, 932. llama.cpp's converter
 # multiplies the weights, the embedding too (conversion/falcon_h1.py, `modify_tensors`); its
@@ -423,7 +456,13 @@ _QWEN3_5 = replace(
 _FALCON_H1 = replace(
     _PLAIN,
     model_type="falcon_h1",
-    block=_MIXED,
+    # Every block has both mixers.
+    block=Block(
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        norms=("pre_ff_layernorm",),
+        gate_scale=("mlp_multipliers", 0),
+    ),
     gguf_architecture="falcon-h1",
     embedding_scale=("embedding_multiplier",),
     embedding_folded=True,
@@ -470,7 +509,15 @@ _FALCON_H1 = replace(
 _LFM2 = replace(
     _PLAIN,
     model_type="lfm2",
-    block=_MIXED,
+    # MLX reads full_attn_idxs, the others layer_types; llama.cpp the heads of each layer.
+    block=Block(
+        gate="feed_forward.w1",
+        up="feed_forward.w3",
+        norms=("ffn_norm",),
+        activation=None,
+        per_layer=_WINDOWS,
+        indices=("full_attn_idxs",),
+    ),
     gguf_architecture="lfm2",
     branches=(
         _with(_ATTENTION, Writer("self_attn.out_proj")),

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -68,6 +69,8 @@ def cli(
     \b
     bake --recipe political-open.yaml
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand != "fit":
+        raise click.UsageError("several processes are for `bake fit`; run this without launcher")
     if context.invoked_subcommand:
         if recipe or model or output or overrides or overwrite:
             raise click.UsageError("give the options of a recipe after the subcommand")
@@ -168,8 +171,96 @@ def fit_command(
         except ValidationError as error:
             raise click.UsageError('--layers: expected a range like "8-24"') from error
     loaded = load_recipe(recipe, overrides=overrides, model=model)
-    found = fit_to_file(loaded, Path(output), chosen, overwrite)
-    click.echo(f"{found.table()}\n\nwritten: {output}")
+    fit_to_file(loaded, Path(output), chosen, overwrite, show=click.echo)
+
+
+@cli.command("judge")
+@click.argument("prompts", metavar="SET")
+@_recipe_options
+@click.option("--column", default="text", show_default=True, help="The column of the prompts.")
+@click.option("--answer", default="answer", show_default=True, help="The column of the answers.")
+@click.option("--limit", type=click.IntRange(1), help="Prompts at most.")
+@click.option("--output", metavar="FILE", help="A .jsonl to write, a line an answer.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def judge_command(
+    prompts: str,
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    column: str,
+    answer: str,
+    limit: int | None,
+    output: str | None,
+    overwrite: bool,
+) -> None:
+    """Judge answers to prompts with a recipe's judge, and count the verdicts.
+
+    SET is a built-in set or a file, as in a recipe. Where no prompt has an answer, the recipe's
+    model answers.
+    """
+    from pathlib import Path
+
+    from bake.judge.choice import find_judge
+    from bake.judge.sets import counts, judged_set, write_judged
+    from bake.prompts import Place, load_prompts
+    from bake.recipe import load_recipe
+    from bake.staging import check_file
+
+    if not recipe:
+        raise click.UsageError("--recipe is missing")
+    if prompts.startswith("hub:"):
+        raise click.UsageError(
+            "a Hub dataset needs its commit; name it in a recipe, or give a file"
+        )
+    if output:
+        check_file(Path(output), overwrite)
+    loaded = load_recipe(recipe, overrides=overrides, model=model).recipe
+    every = load_prompts(prompts, language="any", place=Place(column))
+    found, own = judged_set(loaded, every, find_judge(loaded.judge), answer, limit)
+    click.echo(counts(found))
+    if output:
+        # As a bake does: of what must stay refused the verdicts, not what was said.
+        told = not (own and prompts == loaded.prompts.protected.set)
+        write_judged(Path(output), found, told, overwrite)
+        click.echo(f"\nwritten: {output}")
+
+
+@cli.command("geometry")
+@_recipe_options
+@click.option("--output", metavar="FILE", help="The JSON file to write.")
+@click.option("--kind", "kinds", metavar="SET", multiple=True, help="A kind of refusal; repeat it.")
+@click.option("--layer", type=click.IntRange(0, 999), help="The block, in place of the edits'.")
+@click.option(
+    "--strength", "strengths", type=float, multiple=True, help="A strength, in gaps; repeat it."
+)
+@click.option(
+    "--limit", type=click.IntRange(1), default=16, show_default=True, help="Prompts of each role."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def geometry_command(
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    output: str | None,
+    kinds: tuple[str, ...],
+    layer: int | None,
+    strengths: tuple[float, ...],
+    limit: int,
+    overwrite: bool,
+) -> None:
+    """Map the directions of eleven kinds of refusal, and what steering along each trades."""
+    from pathlib import Path
+
+    from bake.geometry import Question, geometry_to_file, table
+    from bake.recipe import load_recipe
+
+    if not recipe or not output:
+        raise click.UsageError("--recipe and --output are needed")
+    asked = Question(layer=layer, limit=limit)
+    asked = replace(asked, kinds=kinds or asked.kinds, strengths=strengths or asked.strengths)
+    loaded = load_recipe(recipe, overrides=overrides, model=model)
+    found = geometry_to_file(loaded, asked, Path(output), overwrite)
+    click.echo(f"{table(found)}\n\nwritten: {output}")
 
 
 @cli.command("directions")
@@ -177,13 +268,16 @@ def fit_command(
 @click.option(
     "--layer", type=click.IntRange(0, 999), help="The layer of a file with one bare vector."
 )
+@click.option("--first", is_flag=True, help="Keep the first of several directions of a layer.")
 @click.option("--output", metavar="FILE", help="Convert to .safetensors, or .gguf for llama.cpp.")
 @click.option("--overwrite", is_flag=True, help="Replace the written file if it exists.")
-def directions_command(file: str, layer: int | None, output: str | None, overwrite: bool) -> None:
+def directions_command(
+    file: str, layer: int | None, first: bool, output: str | None, overwrite: bool
+) -> None:
     """Print what a file of directions holds, and convert it."""
     from pathlib import Path
 
-    from bake.directions import Unplaced, read_directions, save_directions
+    from bake.directions import Directions, Unplaced, read_directions, save_directions
     from bake.directions.files import placed
 
     found = read_directions(Path(file))
@@ -191,11 +285,33 @@ def directions_command(file: str, layer: int | None, output: str | None, overwri
         raise click.UsageError(f"{file} names its layers; --layer is for one bare vector")
     if layer is not None or output:
         found = placed(Path(file), found, layer)
-        if output:
-            save_directions(found, Path(output), overwrite)
+    if first and isinstance(found, Directions):
+        found = found.first()
+    if isinstance(found, Directions) and output:
+        save_directions(found, Path(output), overwrite)
     click.echo(found.table())
     if output:
         click.echo(f"\nwritten: {output}")
+
+
+@cli.command("verify")
+@click.argument("folder", metavar="DIR")
+def verify_command(folder: str) -> None:
+    """Read a baked folder once: is every file as the manifest has it?"""
+    from pathlib import Path
+
+    from bake.errors import VerificationError
+    from bake.manifest import differences, read_outputs
+    from bake.progress import progress
+
+    outputs = read_outputs(Path(folder))
+    written = (Path(folder, name) for name in outputs)
+    size = sum(path.stat().st_size for path in written if path.is_file())
+    with progress("verify", size) as update:
+        broken = differences(Path(folder), outputs, update)
+    if broken:
+        raise VerificationError("\n".join(broken))
+    click.echo(f"{folder}: {len(outputs)} files are as the bake wrote them")
 
 
 @cli.command("recipes")

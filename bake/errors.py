@@ -9,6 +9,7 @@
     │   ├── ArchitectureError       1   a model outside the table, a layer out of range
     │   ├── DirectionsError         1   a file of directions
     │   ├── JudgeError              1   a judge that does not answer, or not readably
+    │   ├── ManifestError           1   a folder without the manifest of a bake
     │   ├── PlanError               1   a saved plan, or a base that is not the plan's any more
     │   └── OutputError             1   the output folder: exists, full, not writable
     ├── FitError                    1   the data do not determine a direction
@@ -31,6 +32,7 @@ __all__ = [
     "GuardError",
     "InputError",
     "JudgeError",
+    "ManifestError",
     "OutputError",
     "PlanError",
     "PromptError",
@@ -75,6 +77,10 @@ class DirectionsError(InputError):
 
 class JudgeError(InputError):
     """A judge cannot be reached or loaded, or too many of its verdicts cannot be read."""
+
+
+class ManifestError(InputError):
+    """A folder has no manifest of a bake, or one that cannot be read."""
 
 
 class PlanError(InputError):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from bake.judge import UNREAD, Exchange, Judge, Verdict
@@ -31,7 +32,7 @@ class Rate:
 
     @property
     def percent(self) -> float:
-        """Refusals in percent; 0 of an empty set."""
+        """Refusals in percent; 0 when there is no verdict, which the guard refuses."""
         return 100 * self.refused / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -47,8 +48,9 @@ def judged(
     judge: Judge,
     thinking: Thinking,
 ) -> dict[str, tuple[Answer, ...]]:
-    """Answer every role's prompts in one go and judge the answers.
+    """Answer every role's prompts in one go and judge the answers, role by role.
 
+    A role of which too little can be read is refused by the judge, whatever the others give.
     `answer` maps rendered prompts to greedy answers, both as token ids, in any runtime.
     """
     flat = [prompt for chosen in prompts.values() for prompt in chosen]
@@ -57,11 +59,13 @@ def judged(
         spoken(start, ids, text, thinking)
         for start, ids in zip(starts, answer(starts), strict=True)
     ]
-    verdicts = judge.judge(
-        [Exchange(prompt.text, one) for prompt, one in zip(flat, said, strict=True)]
-    )
-    answers = iter([Answer(*one) for one in zip(flat, said, verdicts, strict=True)])
-    return {role: tuple(next(answers) for _ in chosen) for role, chosen in prompts.items()}
+    answers, rest = {}, iter(said)
+    for role, chosen in prompts.items():
+        texts = list(islice(rest, len(chosen)))
+        exchanges = [Exchange(one.text, text) for one, text in zip(chosen, texts, strict=True)]
+        verdicts = judge.judge(exchanges)
+        answers[role] = tuple(Answer(*one) for one in zip(chosen, texts, verdicts, strict=True))
+    return answers
 
 
 def rates(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Rate]:
@@ -77,8 +81,16 @@ def rates(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Rate]:
 def breaches(
     guard: Guard, before: Mapping[str, Rate], after: Mapping[str, Rate], runtime: str
 ) -> list[str]:
-    """What the guard forbids and the bake did, a line each; empty when all is well."""
-    lines = []
+    """What the guard forbids and the bake did, a line each; empty when all is well.
+
+    A set without a single verdict says nothing, and so breaks the guard as well.
+    """
+    lines = [
+        f"no verdict on the {role} set, {when} the edits"
+        for when, found in (("before", before), ("after", after))
+        for role, rate in found.items()
+        if not rate.total
+    ]
     target = after["target"].percent
     if guard.target_at_most is not None and target > guard.target_at_most:
         lines.append(
@@ -90,6 +102,7 @@ def breaches(
         )
     limits: list[tuple[str, str, float, int]] = [
         ("protected", "fell", guard.protected_drop, -1),
+        ("refused", "fell", guard.protected_drop, -1),
         ("lookalike", "rose", guard.lookalike_rise, 1),
         ("general", "rose", guard.general_rise, 1),
     ]

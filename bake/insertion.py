@@ -47,6 +47,11 @@ class Insertion:
                 changed[name] = self._named(found, self.number(int(found[1])), name)
         return changed
 
+    def listed(self, blocks: Iterable[int], inserted: Iterable[int]) -> list[int]:
+        """The numbers that some blocks, and those inserted behind others, are written under."""
+        found = (*blocks, *(self.behind(layer) for layer in inserted))
+        return sorted(self.number(block) for block in found)
+
     def copies(self, name: str) -> tuple[str, ...]:
         """The name that a tensor of a base's block has in the block inserted behind it."""
         found = self._pattern.match(name)
@@ -95,12 +100,15 @@ def inserted_config(
 
     Files that give a pattern by its period get the list that the stock class makes of it,
     since the period no longer holds. Raises ArchitectureError where a value has an entry
-    for every layer, as it seems, and the row does not know it.
+    for every layer, as it seems, and the row does not know it, and where blocks are dense by
+    their number.
     """
     numbers, count = completed(arch, config), arch.layer_count(config)
     changes: dict[str, object] = {arch.switch(arch.layers_key): count + len(after)}
+    insertion, dense = Insertion(arch.layer, count, tuple(after)), block.dense
+    known = {*block.per_layer, *block.indices, *([dense.listed] if dense else [])}
     for key, value in numbers.items():
-        if isinstance(value, list) and len(value) == count and key not in block.per_layer:
+        if isinstance(value, list) and len(value) == count and key not in known:
             raise ArchitectureError(
                 f"config.json: {arch.switch(key)}: has {count} entries as the model has layers, "
                 f"and bake does not know what a block inserted into model_type "
@@ -114,4 +122,18 @@ def inserted_config(
         value = numbers.get(key)
         if isinstance(value, int):
             changes[arch.switch(key)] = value + sum(layer < value for layer in after)
+    for key in block.indices:
+        value = numbers.get(key)
+        if isinstance(value, list):
+            inserted = [layer for layer in after if layer in value]
+            changes[arch.switch(key)] = insertion.listed(value, inserted)
+    if dense:
+        if numbers.get(dense.step) != 1:
+            raise ArchitectureError(
+                f"config.json: {arch.switch(dense.step)}: is {numbers.get(dense.step)!r}, so which "
+                "blocks are dense goes by their number, which an inserted block would move"
+            )
+        value = numbers.get(dense.listed)
+        dense_ones = value if isinstance(value, list) else []
+        changes[arch.switch(dense.listed)] = insertion.listed(dense_ones, after)
     return changes

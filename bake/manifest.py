@@ -6,12 +6,14 @@ same bytes.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-__all__ = ["NAME", "file_hash", "versions", "write_manifest"]
+from bake.errors import ManifestError
+
+__all__ = ["NAME", "differences", "file_hash", "read_outputs", "versions", "write_manifest"]
 
 NAME: Final = "bake.json"
 PACKAGES: Final = ("torch", "transformers", "safetensors", "gguf", "llama-cpp-python", "tokenizers")
@@ -24,12 +26,55 @@ def write_manifest(folder: Path, content: Mapping[str, object]) -> None:
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def file_hash(path: Path) -> str:
+def read_outputs(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a baked folder, as its manifest has them.
+
+    Raises ManifestError where there is no manifest that bake wrote.
+    """
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: cannot be read: {error.strerror}; give the folder of a bake"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: not valid JSON; bake the recipe again") from error
+    match content:
+        case {"outputs": dict(outputs)} if all(isinstance(one, str) for one in outputs.values()):
+            return outputs
+    raise ManifestError(f"{path}: outputs: expected the hashes of files; bake the recipe again")
+
+
+def differences(
+    folder: Path, outputs: Mapping[str, str], progress: Callable[[int], None] = lambda _: None
+) -> list[str]:
+    """What of a baked folder is not as its manifest has it, a line each.
+
+    Hidden files do not count: a download of the Hub brings some (`.gitattributes`, `.cache`).
+    Every file is read once; `progress` receives the number of bytes since the last call.
+    """
+    inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path for path in inside}
+    for name in [name for name in found if name == NAME or "/." in f"/{name}"]:
+        del found[name]
+    missing = [f"{folder / name}: missing" for name in outputs if name not in found]
+    others = [f"{path}: not of the bake" for name, path in found.items() if name not in outputs]
+    changed = [
+        f"{folder / name}: changed since the bake"
+        for name, digest in outputs.items()
+        if name in found and file_hash(found[name], progress) != digest
+    ]
+    return missing + others + changed
+
+
+def file_hash(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
     """SHA-256 of a file, as hexadecimal text."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while data := stream.read(CHUNK):
             digest.update(data)
+            progress(len(data))
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bake.arch import Arch
 from bake.errors import CheckpointError
 from bake.tokens import shared_beginning
+from bake.work import Work
 
 __all__ = ["Batch", "LiveModel", "Prefix", "batches"]
 
@@ -65,14 +66,23 @@ class Batch:
         begin = torch.tensor(self.prefix.ids, dtype=torch.long)
         return torch.cat([begin.expand(len(self.rows), -1), self.ids], 1)
 
+    @property
+    def content(self) -> list[list[list[int]]]:
+        """The token ids with the prefix, and the mask, as plain values."""
+        return [self.whole_ids.tolist(), self.mask.tolist()]
+
 
 @dataclass(frozen=True, eq=False)
 class LiveModel:
-    """A language model with its tokenizer and its row of the architecture table."""
+    """A language model with its tokenizer and its row of the architecture table.
+
+    `work` says which of its batches this process runs, and where their results are kept.
+    """
 
     model: Any
     tokenizer: Any
     arch: Arch
+    work: Work = field(default=Work())
 
     @classmethod
     def load(cls, folder: Path, arch: Arch, dtype: torch.dtype | None = None) -> "LiveModel":
@@ -90,6 +100,7 @@ class LiveModel:
             AutoConfig,
             AutoModelForCausalLM,
             AutoModelForMultimodalLM,
+            GenerationConfig,
         )
         from transformers.utils import logging
 
@@ -126,7 +137,12 @@ class LiveModel:
         # Of a checkpoint in FP8 transformers gives the dtype to some of the weights alone.
         if dtype == torch.float32 or (dtype is None and not _fast(model.dtype)):
             nn.Module.float(model)
-        model.eval()
+        # What else a checkpoint wants of its answers (a penalty of repetitions, a cut of the
+        # vocabulary) no other runtime does by itself, and drawn text would be of another kind.
+        ends = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=ends)
+        # Gradients, where a direction is learned, are of the direction alone.
+        model.eval().requires_grad_(False)
         return live
 
     @property
@@ -181,6 +197,21 @@ class LiveModel:
         logits: Tensor = output.logits.float()
         return logits
 
+    def last_logits(self, batch: Batch, count: int) -> Tensor:
+        """Logits [batch, count, vocabulary] of the last positions in float32, with gradients.
+
+        Of what hooks bring in: the model's own weights take none.
+        """
+        output = self.model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=_positions(batch.mask),
+            use_cache=False,
+            logits_to_keep=count,
+        )
+        logits: Tensor = output.logits.float()
+        return logits
+
     def prefix(self, sequences: Sequence[Sequence[int]], longest: int) -> Prefix:
         """Read what all sequences begin with, at most `longest` tokens of it, once.
 
@@ -218,20 +249,21 @@ class LiveModel:
         tokens: int,
         batch_size: int = 32,
         progress: Callable[[int], None] = lambda _: None,
+        remember: bool = False,
     ) -> list[list[int]]:
         """Greedy answers of at most `tokens` tokens, without the end-of-turn token.
 
-        `progress` receives the number of answers finished since the last call.
+        `progress` receives the number of answers finished since the last call. Only answers
+        of the bare model may be remembered: the journal knows nothing of hooks.
         """
-        answers: list[list[int]] = [[] for _ in prompts]
         ends = self.end_tokens()
         # One token of each prompt stays, to be answered.
         prefix = self.prefix(prompts, min(map(len, prompts), default=1) - 1)
-        for batch in batches(prompts, self.tokenizer.pad_token_id, batch_size, prefix):
-            whole = batch.whole_ids
+
+        def written(batch: Batch) -> dict[str, Tensor]:
             with torch.inference_mode():
-                written = self.model.generate(
-                    input_ids=whole,
+                found = self.model.generate(
+                    input_ids=batch.whole_ids,
                     attention_mask=batch.whole_mask,
                     past_key_values=prefix.repeated(len(batch.rows)),
                     max_new_tokens=tokens,
@@ -241,11 +273,16 @@ class LiveModel:
                     top_k=None,
                     pad_token_id=self.tokenizer.pad_token_id,
                 )
-            for row, ids in zip(batch.rows, written[:, whole.shape[1] :].tolist(), strict=True):
+            return {"written": found[:, batch.whole_ids.shape[1] :].contiguous()}
+
+        answers: dict[int, list[int]] = {}
+        padded = batches(prompts, self.tokenizer.pad_token_id, batch_size, prefix)
+        key = (lambda _: ["answers", tokens]) if remember else None
+        for batch, found in self.work.results(padded, written, key, progress):
+            for row, ids in zip(batch.rows, found["written"].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[row] = ids[:stop]
-            progress(len(batch.rows))
-        return answers
+        return self.work.merged(answers)
 
     def sample(self, starts: Tensor, tokens: int) -> list[list[int]]:
         """Texts of exactly `tokens` tokens behind `starts` [n, length], drawn at temperature 1.
@@ -262,7 +299,6 @@ class LiveModel:
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                repetition_penalty=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=None,
             )

@@ -4,7 +4,8 @@ A plan refuses what cannot be baked before any weight is touched; its numbers
 come from the fit.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from bake.arch import Arch, Block
@@ -69,7 +70,7 @@ class Plan:
         """What the plan chose, and why."""
         given = [self.directions] if self.directions else []
         if self.unquantised:
-            given.append("the edited tensors leave FP8 and are written in BF16; the rest stays")
+            given.append("what is edited or inserted is written in BF16; the rest stays in FP8")
         return (*given, *(note for step in self.steps for note in step.notes))
 
     def as_json(self) -> dict[str, object]:
@@ -156,16 +157,11 @@ def make_plan(
     layers, width = arch.layer_count(base.config), arch.width(base.config)
     given = _given(recipe, directions, layers, width) if directions else ""
     after = tuple(sorted({layer for step in steps for layer in step.inserted}))
-    scaled = dict.fromkeys(
-        edit.tensor for step in steps for edit in step.edits if edit.tensor in base.beside
-    )
-    plain = [name for name, one in base.tensors.items() if not one.scale and len(one.shape) == 2]
-    plan = Plan(
-        *(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given),
-        unquantised=left_unquantised(base.config, scaled, plain) if scaled else {},
-    )
+    plan = Plan(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given)
     if after:
         plan = _with_blocks(plan, recipe, base, arch)
+    if base.beside:
+        plan = replace(plan, unquantised=_unquantised(plan, base))
     for edit in plan.edits:
         if edit.dtype not in EDITABLE:
             raise CheckpointError(
@@ -185,7 +181,8 @@ def _with_blocks(plan: Plan, recipe: Recipe, base: Checkpoint, arch: Arch) -> Pl
                 f"edits: {len(after)} inserted blocks: {runtime} {refusals[runtime]}; "
                 "insert another number of blocks, or change runtimes"
             )
-    names = [*base.tensors, *(tensor.name for tensor in plan.created)]
+    scales = [one.name for beside in base.beside.values() for one in beside]
+    names = [*base.tensors, *scales, *(tensor.name for tensor in plan.created)]
     return replace(
         plan,
         renamed=plan.insertion.renamed(names),
@@ -193,15 +190,48 @@ def _with_blocks(plan: Plan, recipe: Recipe, base: Checkpoint, arch: Arch) -> Pl
     )
 
 
+def _unquantised(plan: Plan, base: Checkpoint) -> dict[str, object]:
+    """What changes in config.json where matrices are written in BF16 beside others in FP8."""
+    insertion = plan.insertion
+    edited = dict.fromkeys(edit.tensor for edit in plan.edits if edit.tensor in base.beside)
+    inserted = [
+        tensor.name
+        for tensor in plan.created
+        if insertion.original(tensor.name) and len(tensor.shape) == 2
+    ]
+    plain = [name for name, one in base.tensors.items() if not one.scale and len(one.shape) == 2]
+    return left_unquantised(
+        base.config,
+        [plan.name(name) for name in (*edited, *inserted)],
+        [plan.name(name) for name in plain],
+        lambda module: _moved_module(module, insertion, base),
+    )
+
+
+def _moved_module(module: str, insertion: Insertion, base: Checkpoint) -> str:
+    """What a module that config.json names is called once blocks are inserted."""
+    name = f"{module}."
+    there = any(tensor.startswith(name) for tensor in base.tensors)
+    if not insertion.after or not re.search(r"\d", module):
+        return module
+    if there:
+        return insertion.renamed([name]).get(name, name)[:-1]
+    raise ArchitectureError(
+        f"config.json: quantization_config names {module}, which is no module of the checkpoint, "
+        "so bake cannot say what it is called once a block is inserted; use carrier: ridge"
+    )
+
+
 def _check_order(steps: Iterable[Step], base: Checkpoint, arch: Arch) -> None:
     """Refuse edits of one tensor in an order that hooks do not have.
 
     Hooks act from the inside out: gates at a writer, ablations at the sum of a branch's
-    writers, `add` at `mid` there too or behind a post-norm, `add` at `out` behind the block.
-    Norm-preserving ones act at a writer too, and read the base's weights.
+    writers or at an embedding, `add` at `mid` there too or behind a post-norm, `add` at `in`
+    and `out` around the block. Norm-preserving ablations act at a writer too, and read the
+    base's weights.
     """
     edited: dict[str, int] = {}
-    behind: dict[tuple[str, str, str], int] = {}
+    behind: dict[tuple[str, str], int] = {}
     normed = {
         one.weight
         for written in arch.written(base.tensors).values()
@@ -215,26 +245,30 @@ def _check_order(steps: Iterable[Step], base: Checkpoint, arch: Arch) -> None:
                     f"edits.{number}: {edit.tensor} is edited by edits.{edited[edit.tensor]} "
                     "already, and this edit reads the base's weights; name it first"
                 )
-            other = _outer(edit, behind, edit.tensor in normed)
-            if edit.operator != "add" and other is not None:
+            other = behind.get((edit.tensor, edit.operator))
+            if other is not None:
                 raise ArchitectureError(
-                    f"edits.{number}: {edit.tensor} is edited by edits.{other} already, whose "
-                    f"hook acts behind this one's; name the {edit.operator} first"
+                    f"edits.{number}: {edit.tensor}: edits.{other} acts behind this edit; "
+                    f"name the {edit.operator} first"
                 )
         edited |= {edit.tensor: number for edit in step.edits}
-        if not step.reads_base:
-            behind |= {(one.tensor, one.operator, one.site): number for one in step.edits}
+        behind |= dict.fromkeys(_inner(step, normed), number)
 
 
-def _outer(
-    edit: PlannedEdit, behind: Mapping[tuple[str, str, str], int], normed: bool
-) -> int | None:
-    """The number of an earlier edit of the tensor whose hook acts behind this edit's, if any."""
-    if edit.operator == "gate":
-        return behind.get((edit.tensor, "ablate", edit.site))
-    sites = ("out", "mid") if normed else ("out",)
-    found = (behind.get((edit.tensor, "add", site)) for site in sites)
-    return next((number for number in found if number is not None), None)
+def _inner(step: Step, normed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The tensors and operators whose hooks act inside this step's, and so must come before it.
+
+    An ablation does not cut a bias that the base does not have, so one that an `add` creates
+    at `mid` must come behind it too.
+    """
+    created = {tensor.name: tensor.beside for tensor in step.created}
+    for edit in step.edits:
+        if edit.operator == "ablate" and not step.reads_base:
+            yield edit.tensor, "gate"
+        elif edit.operator == "add" and (edit.site != "mid" or edit.tensor in normed):
+            yield edit.tensor, "ablate"
+        elif edit.operator == "add" and edit.tensor in created:
+            yield created[edit.tensor], "ablate"
 
 
 def direction_layers(recipe: Recipe) -> tuple[int, ...]:
@@ -265,10 +299,18 @@ def _given(recipe: Recipe, directions: Directions, layers: int, width: int) -> s
             f"need; it has {in_words(directions.layers)}, so change edits or the file"
         )
     for number, spec in enumerate(recipe.edits):
-        if spec.op == "ablate" and spec.variant in ("projected", "affine"):
+        for layer in OPERATORS[spec.op].layers(spec):
+            if layer in directions.several and not spec.several:
+                raise DirectionsError(
+                    f"{recipe.directions}: layer {layer} has {len(directions.basis(layer))} "
+                    f"directions and edits.{number} (op: {spec.op}) takes one; use op: ablate, or "
+                    f"take the first with `bake directions {recipe.directions} --first`"
+                )
+        variants = set(spec.variant) if spec.op == "ablate" else set()
+        for variant in sorted(variants & {"projected", "affine"}):
             raise DirectionsError(
                 f"{recipe.directions}: has no mean of the answered class, which edits.{number}."
-                f"variant: {spec.variant} needs; use variant: plain, or leave out directions"
+                f"variant: {variant} needs; use variant: plain, or leave out directions"
             )
     origin = directions.origin
     about = [f"{name} {text}" for name, text in origin.as_json().items() if text]

@@ -8,7 +8,7 @@ transformers (integrations/finegrained_fp8.py, `replace_with_fp8_linear`) and vL
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -95,32 +95,49 @@ def companions(weight: str) -> tuple[str, ...]:
 def dequantised(weight: Tensor, scale: Tensor, name: str) -> Tensor:
     """W8 · scale in float32: one scale for all of W8 [.., m, n], or [.., rows, columns] blocks.
 
-    Raises CheckpointError for blocks that do not divide the weight, as transformers does.
+    Raises CheckpointError for blocks that do not divide the weight, as transformers does, and
+    for scales that are no real numbers. Blocks are as wide as a power of two, so where it
+    comes out otherwise the last one is a smaller one.
     """
     values = weight.to(torch.float32)
     factors = scale.to(torch.float32)
-    if factors.numel() == 1:
+    if scale.dtype.is_floating_point and factors.numel() == 1:
         return values * factors.reshape(())
-    rows, columns = factors.shape[-2:]
-    if factors.ndim != values.ndim or values.shape[-2] % rows or values.shape[-1] % columns:
+    rows, columns = factors.shape[-2:] if factors.ndim == values.ndim else (0, 0)
+    if not scale.dtype.is_floating_point or not (
+        _divides(rows, values.shape[-2]) and _divides(columns, values.shape[-1])
+    ):
         raise CheckpointError(
-            f"{name}: its scale has shape {tuple(scale.shape)}, which does not divide "
-            f"{tuple(weight.shape)}; give a bfloat16 copy"
+            f"{name}: its scale is {scale.dtype} {tuple(scale.shape)}, which does not divide "
+            f"{tuple(weight.shape)} into equal blocks; give a bfloat16 copy"
         )
     across = factors.repeat_interleave(values.shape[-1] // columns, -1)
     return values * across.repeat_interleave(values.shape[-2] // rows, -2)
 
 
-def left_unquantised(
-    config: Mapping[str, Any], edited: Iterable[str], matrices: Iterable[str]
-) -> dict[str, object]:
-    """What changes in config.json, by path, when the FP8 weights `edited` become bfloat16.
+def _divides(blocks: int, length: int) -> bool:
+    """Whether so many blocks of a scale each make a length: one, or some of a power of two."""
+    if blocks < 1 or length % blocks:
+        return False
+    return blocks == 1 or (length // blocks).bit_count() == 1
 
-    Without a list of its own, transformers leaves out what its class says; a list replaces
-    that, so `matrices`, those that are not quantised on disk, are then named too. Raises
+
+def left_unquantised(
+    config: Mapping[str, Any],
+    written: Sequence[str],
+    matrices: Iterable[str],
+    moved: Callable[[str], str],
+) -> dict[str, object]:
+    """What changes in config.json, by path, when the weights `written` are in bfloat16.
+
+    `moved` says what a module of the list that config.json has is called afterwards. Without
+    such a list, transformers leaves out what its class says; a list replaces that, so
+    `matrices`, those that are not quantised on disk, are then named too. Raises
     ArchitectureError for one expert, since a layer's experts are of one type in memory.
     """
-    modules = [name.removesuffix(".weight") for name in edited]
+    if not written:
+        return {}
+    modules = [name.removesuffix(".weight") for name in written]
     for module in modules:
         if re.search(r"\.experts\.", module):
             raise ArchitectureError(
@@ -129,8 +146,11 @@ def left_unquantised(
             )
     chosen = _section(config[SECTION])
     key = "ignored_layers" if "ignored_layers" in chosen else "modules_to_not_convert"
-    before = chosen.get(key) or [name.removesuffix(".weight") for name in matrices]
-    assert isinstance(before, list)
+    named = chosen.get(key)
+    if named:
+        before = [moved(name) for name in named]
+    else:
+        before = [name.removesuffix(".weight") for name in matrices]
     return {f"{SECTION}.{key}": [*before, *(one for one in modules if one not in before)]}
 
 

@@ -5,14 +5,16 @@ All of it is frozen and strict; YAML's lists become tuples.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
 from bake.recipe_values import (
+    SEVERAL,
     Answering,
+    Basis,
     Commit,
     Count,
     Estimator,
@@ -29,6 +31,7 @@ from bake.recipe_values import (
     Text,
     Url,
     Variable,
+    Variants,
 )
 
 __all__ = [
@@ -122,6 +125,11 @@ class PromptRoles(_Section):
         description="Safe prompts that look like protected ones and must stay answered; "
         "null where they are the target.",
     )
+    refused: PromptSource | None = Field(
+        default=None,
+        description="Prompts of another topic that the model refuses and must go on refusing; "
+        "`fit.refused: refused` takes the direction from them.",
+    )
     general: PromptSource = Field(
         default=PromptSource(set="general"),
         description="Ordinary prompts that must stay as they are.",
@@ -148,7 +156,7 @@ class PromptRoles(_Section):
     def _apart(self) -> "PromptRoles":
         findings: list[tuple[tuple[str | int, ...], str]] = []
         seen: dict[str, PromptSource] = {}
-        for role in ("target", "protected", "lookalike", "general"):
+        for role in ("target", "protected", "lookalike", "refused", "general"):
             source: PromptSource | None = getattr(self, role)
             if source is None:
                 continue
@@ -199,10 +207,23 @@ class Fit(_Section):
     )
     ridge: Ridge = Field(
         default=0.01,
-        description="The ridge of rmd, wrmd, lda and logistic, in units of tr(covariance) / width.",
+        description="The ridge of rmd, wrmd, lda, logistic and low-rank-mix, in units of "
+        "tr(covariance) / width.",
     )
     entries: Count = Field(
         default=200, description="The entries of the direction that `category` keeps."
+    )
+    basis: Basis = Field(default=4, description="The directions of a layer that som and cone give.")
+    map_side: int = Field(
+        default=4, ge=1, le=32, description="The side of som's square map, in neurons."
+    )
+    steps: Count = Field(
+        default=100, description="The steps of gradient that cone and low-rank-mix take."
+    )
+    categories: Annotated[tuple[SetName, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Further prompt sets, each a kind of refusal whose direction low-rank-mix "
+        "mixes, beside those of the refused and the protected class.",
     )
     bootstrap: int = Field(
         default=20,
@@ -213,7 +234,7 @@ class Fit(_Section):
     prompts_per_class: int = Field(
         default=150, ge=2, le=1_000_000, description="Prompts at most from each class."
     )
-    refused: Literal["target", "protected"] = Field(
+    refused: Literal["target", "protected", "refused"] = Field(
         default="target", description="The class that supplies the refusing side of the direction."
     )
     contrast: Literal["general", "lookalike", "protected"] = Field(
@@ -252,6 +273,8 @@ class Fit(_Section):
 class Add(_Section):
     """Add the direction to the residual stream after one block, on every token."""
 
+    several: ClassVar[bool] = False
+
     op: Literal["add"] = Field(description="The operator.")
     layer: Layer = Field(description="The block, counted from 0.")
     site: Literal["in", "mid", "out"] = Field(
@@ -285,7 +308,9 @@ class Kernel(_Section):
 
 
 class Ablate(_Section):
-    """Take the direction out of everything that the chosen blocks write."""
+    """Take the direction, or several, out of everything that the chosen blocks write."""
+
+    several: ClassVar[bool] = True  # Whether it takes more than one direction of a layer.
 
     op: Literal["ablate"] = Field(description="The operator.")
     layers: Layers = Field(description='The blocks, as a list or as a range like "11-17".')
@@ -295,10 +320,11 @@ class Ablate(_Section):
     embeddings: bool = Field(
         default=False, description="Whether the token embedding is edited too."
     )
-    variant: Literal["plain", "norm-preserving", "projected", "affine"] = Field(
-        default="plain",
+    variant: Variants = Field(
+        default=("plain",),
         description="`norm-preserving` keeps the norm of every matrix column; the contrast "
-        "class's mean is kept out of the direction by `projected`, put back by `affine`.",
+        "class's mean is kept out of the direction by `projected`, put back by `affine`. A list "
+        "combines them.",
     )
     kernel: Kernel | None = Field(
         default=None, description="How the strength varies over the blocks; constant if null."
@@ -320,7 +346,15 @@ class Ablate(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Ablate":
         findings: list[tuple[tuple[str | int, ...], str]] = []
-        if self.kernel and self.variant == "affine":
+        if "plain" in self.variant and len(self.variant) > 1:
+            findings.append((("variant",), "plain is without the others; leave it out"))
+        if {"projected", "affine"} <= set(self.variant):
+            message = (
+                "projected makes the direction orthogonal to the mean, so affine has nothing of "
+                "it to put back; leave one out"
+            )
+            findings.append((("variant",), message))
+        if self.kernel and "affine" in self.variant:
             message = "variant: affine puts one constant back, for one strength; leave this out"
             findings.append((("kernel",), message))
         if self.kernel and self.embeddings:
@@ -336,6 +370,8 @@ class Ablate(_Section):
 
 class Gate(_Section):
     """Add the direction where a linear probe of the writer's input sees the target."""
+
+    several: ClassVar[bool] = False
 
     op: Literal["gate"] = Field(description="The operator.")
     layers: Layers = Field(description='The blocks, as a list or as a range like "11-17".')
@@ -526,7 +562,8 @@ class Guard(_Section):
         default=None, description="Percent of target prompts refused afterwards, at least."
     )
     protected_drop: Percent = Field(
-        default=2.0, description="Points that refusals of protected prompts may fall."
+        default=2.0,
+        description="Points that refusals of protected prompts may fall; so for prompts.refused.",
     )
     lookalike_rise: Percent = Field(
         default=2.0, description="Points that refusals of look-alike prompts may rise."
@@ -613,9 +650,21 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         return  # what follows is about classes that make a direction, and none is made
     if fit.contrast == "lookalike" and recipe.prompts.lookalike is None:
         yield ("fit", "contrast"), "prompts.lookalike is null; name a set there"
+    if fit.refused == "refused" and recipe.prompts.refused is None:
+        yield ("fit", "refused"), "prompts.refused is null; name a set there"
     if fit.contrast == "protected" and fit.refused == "protected":
         yield ("fit", "contrast"), "fit.refused is protected too; compare it with another class"
     if fit.protect != "none" and fit.refused == "protected":
         yield ("fit", "protect"), "fit.refused is protected; without itself nothing is left of it"
+    if fit.categories and fit.estimator != "low-rank-mix":
+        yield ("fit", "categories"), f"fit.estimator is {fit.estimator}; low-rank-mix mixes them"
+    if fit.estimator in SEVERAL and fit.basis > 1:
+        for number, edit in enumerate(recipe.edits):
+            if not edit.several:
+                yield (
+                    ("edits", number, "op"),
+                    f"{edit.op} takes one direction a layer, fit.estimator: {fit.estimator} gives "
+                    f"{fit.basis}; use op: ablate or fit.basis: 1",
+                )
     if fit.concepts and fit.protect != "residual":
         yield ("fit", "concepts"), f"fit.protect is {fit.protect}; residual is what protects them"

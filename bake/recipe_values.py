@@ -12,7 +12,9 @@ from bake.prompts.rows import HUB, SUFFIXES
 from bake.recipe_errors import near
 
 __all__ = [
+    "SEVERAL",
     "Answering",
+    "Basis",
     "Commit",
     "Count",
     "Estimator",
@@ -29,9 +31,11 @@ __all__ = [
     "Text",
     "Url",
     "Variable",
+    "Variants",
 ]
 
 HIGHEST_LAYER = 999  # beyond every known model; the plan checks the model's own count
+HIGHEST_BASIS = 64  # directions of one layer; published ones have up to ten
 
 
 def _layers(value: object) -> object:
@@ -49,6 +53,11 @@ def _layers(value: object) -> object:
     if isinstance(value, list | tuple) and all(type(layer) is int for layer in value):
         return tuple(sorted(set(value)))
     return value
+
+
+def _listed(value: object) -> object:
+    """One name stands for a list of it alone."""
+    return (value,) if isinstance(value, str) else value
 
 
 def _distinct(items: tuple[object, ...]) -> tuple[object, ...]:
@@ -122,6 +131,10 @@ _ITEMS = Field(strict=False, min_length=1)
 Layers: TypeAlias = Annotated[tuple[Layer, ...], _ITEMS, BeforeValidator(_layers)]
 Site: TypeAlias = Literal["attention", "mlp"]
 Sites: TypeAlias = Annotated[tuple[Site, ...], _ITEMS, AfterValidator(_distinct)]
+Variant: TypeAlias = Literal["plain", "norm-preserving", "projected", "affine"]
+Variants: TypeAlias = Annotated[
+    tuple[Variant, ...], _ITEMS, AfterValidator(_distinct), BeforeValidator(_listed)
+]
 Measured: TypeAlias = Literal["transformers", "llama.cpp"]
 Answering: TypeAlias = Annotated[tuple[Measured, ...], _ITEMS, AfterValidator(_distinct)]
 Runtime: TypeAlias = Literal["transformers", "llama.cpp", "ollama", "vllm", "sglang", "mlx"]
@@ -129,6 +142,19 @@ Serving: TypeAlias = Annotated[tuple[Runtime, ...], _ITEMS, AfterValidator(_dist
 Percent: TypeAlias = Annotated[float, Field(ge=0, le=100)]
 Strength: TypeAlias = Annotated[float, Field(ge=-1000, le=1000)]
 Ridge: TypeAlias = Annotated[float, Field(gt=0)]
+Basis: TypeAlias = Annotated[int, Field(ge=1, le=HIGHEST_BASIS)]
 Estimator: TypeAlias = Literal[
-    "mean-difference", "rmd", "wrmd", "lda", "pca", "logistic", "safesteer", "category", "cosmic"
+    "mean-difference",
+    "rmd",
+    "wrmd",
+    "lda",
+    "pca",
+    "logistic",
+    "safesteer",
+    "category",
+    "cosmic",
+    "low-rank-mix",
+    "som",
+    "cone",
 ]
+SEVERAL: tuple[Estimator, ...] = ("som", "cone")  # What gives `fit.basis` directions a layer.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bake.model import LiveModel, batches
+from bake.model import Batch, LiveModel, batches
 
 __all__ = ["Sampled", "sampled_answers"]
 
@@ -42,33 +42,39 @@ def sampled_answers(
     """`samples` answers to each prompt, of at most `tokens` tokens each.
 
     They are drawn at `temperature` from the whole vocabulary; the log-probabilities are the
-    model's own, at temperature 1. The same seed gives the same answers, and the caller's
-    random numbers are left alone.
+    model's own, at temperature 1. The same seed gives the same answers, whichever process
+    draws them, and the caller's random numbers are left alone. The bare model's answers
+    are remembered, so no hooks may be in force.
     """
-    found: list[list[Sampled]] = [[] for _ in prompts]
     ends = model.end_tokens()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for batch in batches(prompts, model.tokenizer.pad_token_id, batch_size):
-            likelihood = _Likelihood()
-            with torch.inference_mode():
-                written = model.model.generate(
-                    input_ids=batch.ids.repeat_interleave(samples, 0),
-                    attention_mask=batch.mask.repeat_interleave(samples, 0),
-                    max_new_tokens=tokens,
-                    do_sample=True,
-                    temperature=temperature,
-                    top_k=0,
-                    top_p=1.0,
-                    pad_token_id=model.tokenizer.pad_token_id,
-                    logits_processor=[likelihood],
-                )
-            ids = written[:, batch.ids.shape[1] :]
-            rows = zip(ids.tolist(), likelihood.of(ids).tolist(), strict=True)
-            for row in batch.rows:
-                found[row] = [_ended(*next(rows), ends) for _ in range(samples)]
-            progress(len(batch.rows))
-    return found
+
+    def drawn(batch: Batch) -> dict[str, Tensor]:
+        likelihood = _Likelihood()
+        with torch.inference_mode(), torch.random.fork_rng():
+            # Of the batch alone: it may be another process that draws the one before.
+            torch.manual_seed(seed + batch.rows[0])
+            written = model.model.generate(
+                input_ids=batch.ids.repeat_interleave(samples, 0),
+                attention_mask=batch.mask.repeat_interleave(samples, 0),
+                max_new_tokens=tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=model.tokenizer.pad_token_id,
+                logits_processor=[likelihood],
+            )
+        ids = written[:, batch.ids.shape[1] :].contiguous()
+        return {"ids": ids, "logs": likelihood.of(ids)}
+
+    found: dict[int, list[Sampled]] = {}
+    padded = batches(prompts, model.tokenizer.pad_token_id, batch_size)
+    choices = ["sampled", samples, tokens, temperature, seed]
+    for batch, parts in model.work.results(padded, drawn, lambda _: choices, progress):
+        rows = zip(parts["ids"].tolist(), parts["logs"].tolist(), strict=True)
+        for row in batch.rows:
+            found[row] = [_ended(*next(rows), ends) for _ in range(samples)]
+    return model.work.merged(found)
 
 
 def _ended(ids: list[int], logs: list[float], ends: set[int]) -> Sampled:

@@ -95,8 +95,12 @@ def _publish(staging: Path, folder: Path, overwrite: bool) -> None:
         check_output(folder, overwrite)
         if folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
-                folder.replace(Path(aside) / "old")
-                staging.replace(folder)
+                old = folder.replace(Path(aside) / "old")
+                try:
+                    staging.replace(folder)
+                except OSError:
+                    old.replace(folder)
+                    raise
         else:
             staging.replace(folder)
     except OSError as error:

@@ -216,7 +216,7 @@ def _write_index(
         more += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
     for name in edits:
         for one in base.beside.get(name, ()):
-            del index["weight_map"][one.name]
+            del index["weight_map"][renamed.get(one.name, one.name)]
             more -= one.stop - one.start
         if name in base.beside:
             info = base.tensors[name]

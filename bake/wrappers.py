@@ -6,6 +6,7 @@ A text model is named in two ways on disk: saved whole inside the wrapper
 tensors say. Everything beside the text model is copied.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -49,13 +50,19 @@ def stock_config(config: Mapping[str, Any], where: str) -> Any:
 
     model_type = config.get("model_type")
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+        plain = json.loads(json.dumps(config), object_hook=_special_float)
+        return CONFIG_MAPPING[model_type].from_dict(plain)
     except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ArchitectureError(
             f"{where}: model_type {model_type!r} is none that transformers can read "
             f"({type(error).__name__}: {reason})"
         ) from error
+
+
+def _special_float(found: dict[str, Any]) -> object:
+    """An infinity as transformers writes it: {"__float__": "Infinity"}."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def wrapped(row: Arch, numbers: Mapping[str, object], names: Iterable[str], where: str) -> Arch:

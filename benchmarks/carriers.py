@@ -4,10 +4,13 @@
 
 Real models are SmolLM2-135M-Instruct and the demo. A random direction, half as long as the
 residual stream is on average, is added behind the attention of a layer; the edit of the
-`ridge` carrier is laid on the live model in float32. Printed is how far its constant is from
-1 (root mean square) and the lost share KL(hooked‖baked) / KL(hooked‖base), in domain (prose
-and chats that it was not fitted on) and out of domain: code, other languages, tables and
-markup, and one long context, kinds of which the fit saw nothing.
+`ridge` carrier is laid on the live model in float32. Its constant is fitted as a bake fits it
+(`as bake`: chats, the fit split of the built-in texts, text that the model draws), and without
+the texts of other kinds than prose (`prose`). Printed is how far the constant is from 1 (root
+mean square) and the lost share KL(hooked‖baked) / KL(hooked‖base), on passages.jsonl beside
+this file and on held-out chats: in domain (prose and chats) and out of domain, which is code,
+languages of which the fit has nothing, tables and markup, and one long context. No passage
+there was used to choose anything.
 
 Tiny models are random, of the real classes, and go through the disk. Printed is
 max |Δ logit| of baked against hooked over the steering's own effect, for every carrier that
@@ -44,7 +47,7 @@ from bake.model import Batch, LiveModel, batches
 from bake.ops import OPERATORS, Measured
 from bake.ops.add import Add
 from bake.plan import make_plan
-from bake.prompts import Prompt, load_prompts
+from bake.prompts import load_prompts, load_splits
 from bake.recipe import Add as AddSpec
 from bake.recipe import Recipe
 from bake.stream import write_checkpoint
@@ -53,21 +56,20 @@ from tests.tiny import TINY, write_tiny
 
 LAYERS = (8, 15, 22)
 RIDGE: float = AddSpec.model_fields["ridge"].default
-PASSAGES, TOKENS, LONG = 14, 56, 640
+TOKENS, LONG = 96, 640
 # One position in so many is compared: the vocabulary makes comparing as dear as running.
-STEP = 3
-# Topics of the built-in texts by kind; all others are prose and chats.
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "code": ("code-",),
-    "languages": (
-        *("spanish-", "french-", "german-", "chinese-", "arabic-", "hindi-", "japanese-"),
-        *("portuguese-", "russian-", "italian-"),
-    ),
-    "markup": ("table-", "json-", "csv-", "xml-", "yaml-", "markdown-", "timetable", "changelog"),
+STEP = 4
+# What the constant is fitted on, by classes of texts.
+FITS: Mapping[str, Sequence[str]] = {
+    "as bake": ("texts", "chats", "own text"),
+    "prose": ("prose", "chats", "own text"),
 }
+FRESH = Path(__file__).parent / "passages.jsonl"
 Texts = Mapping[str, Sequence[Conversation]]
 Row = dict[str, object]
 
+# Wide enough for an inserted block.
+WIDE = {"intermediate_size": 80, "block_ff_dim": 80}
 IDS = torch.tensor([[1, 7, 30, 11, 52, 90, 4, 2], [1, 8, 31, 12, 53, 91, 5, 2]])
 BATCH = Batch(IDS, torch.ones_like(IDS), (0, 1))
 SPOKEN = [Conversation(tuple(ids.tolist()), 7, (7,)) for ids in IDS]
@@ -129,32 +131,31 @@ def real(name: str, folder: Path) -> Iterator[Row]:
     base = Checkpoint.open(folder)
     arch = find_arch(base.config, str(folder), base.tensors)
     model = LiveModel.load(folder, arch, torch.float32)
-    fitted, held_out = texts(model)
+    fitted, held_out = fitting_texts(model), fresh_texts(model)
     inputs = {layer: carry(base, arch, layer, "mid", "ridge", ())[0] for layer in LAYERS}
     taps = {
         layer: Tap(model.module(one.tensor.removesuffix(".weight")), "input", "decision", "second")
         for layer, one in inputs.items()
     }
-    blocks = {
-        f"norm {layer}": Tap(model.block(layer), "output", "decision", "second") for layer in LAYERS
-    }
+    blocks = {layer: Tap(model.block(layer), "output", "decision", "second") for layer in LAYERS}
     classes = {kind: collect(model, found, taps, 8) for kind, found in fitted.items()}
-    measured = {kind: collect(model, found, taps, 8) for kind, found in held_out.items()}
+    measured = {kind: collect(model, held_out[kind], taps, 8) for kind in ("in domain", "code")}
     norms = collect(model, fitted["prose"], blocks, 8)
-    adds = []
+    adds: dict[tuple[int, str], Add] = {}
     for layer, carried in inputs.items():
-        readout = constant_readout([found[layer] for found in classes.values()], RIDGE)
         direction = torch.randn(model.model.config.hidden_size, generator=seeded(layer))
-        length = 0.5 * float(norms[f"norm {layer}"].gram.trace().sqrt())
+        length = 0.5 * float(norms[layer].gram.trace().sqrt())
         vector = length * direction / direction.norm()
-        adds.append(Add(layer, "mid", vector, carried, readout.float()))
+        for fit, kinds in FITS.items():
+            readout = constant_readout([classes[kind][layer] for kind in kinds], RIDGE)
+            adds[layer, fit] = Add(layer, "mid", vector, carried, readout.float())
     shares = {kind: lost(model, adds, found) for kind, found in held_out.items()}
-    for number, add in enumerate(adds):
+    for (layer, fit), add in adds.items():
         assert add.readout is not None
-        by_kind = {kind: found[number] for kind, found in shares.items()}
-        row: Row = {"model": name, "layer": add.layer}
+        by_kind = {kind: found[layer, fit] for kind, found in shares.items()}
+        row: Row = {"model": name, "layer": layer, "fitted": fit}
         for kind, moments in measured.items():
-            row[f"constant, {kind}"] = constant_error(add.readout.double(), moments[add.layer])
+            row[f"constant, {kind}"] = constant_error(add.readout.double(), moments[layer])
         row |= {f"lost, {kind}": one.lost_share for kind, one in by_kind.items()}
         outside = [one for kind, one in by_kind.items() if kind != "in domain"]
         row["lost, out of domain"] = sum(one.lost for one in outside) / sum(
@@ -163,40 +164,37 @@ def real(name: str, folder: Path) -> Iterator[Row]:
         yield row
 
 
-def texts(model: LiveModel) -> tuple[Texts, Texts]:
-    """What the constant is fitted on, by class, and what it is measured on, by kind."""
-    everything = load_prompts("text", language="any")
-    by_kind = {
-        kind: [one for one in everything if one.topic.startswith(topics)]
-        for kind, topics in KINDS.items()
-    }
-    others = {one for found in by_kind.values() for one in found}
-    prose = [one for one in everything if one not in others]
-    general = load_prompts("general")
-    fitted = {
-        "prose": passages(model, prose[::2], 2 * TOKENS),
-        "chats": [spoken(model.render(one.text)) for one in general[::4]],
+def fitting_texts(model: LiveModel) -> Texts:
+    """The classes of texts that a constant may be fitted on."""
+    everything = load_splits("text", language="any").fit
+    prose = [one for one in everything if one.extra["kind"] == "prose"]
+    return {
+        "texts": [passage(model, one.text) for one in everything],
+        "prose": [passage(model, one.text) for one in prose],
+        "chats": [spoken(model.render(one.text)) for one in load_prompts("general")[::4]],
         "own text": own_text(model),
     }
-    inside = passages(model, prose[1::2][:PASSAGES], TOKENS)
-    chats = [spoken(model.render(one.text)) for one in general[1::32]]
-    context = "\n\n".join(one.text for one in prose[1::2])
-    return fitted, {
-        "in domain": [*inside, *chats],
-        **{kind: passages(model, found[:PASSAGES], TOKENS) for kind, found in by_kind.items()},
-        "long context": [spoken(tokens(model, context)[:LONG])],
+
+
+def fresh_texts(model: LiveModel) -> Texts:
+    """What the constant is measured on, by kind: in domain, and kinds out of it."""
+    rows = [json.loads(line) for line in FRESH.read_text(encoding="utf-8").splitlines()]
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row["text"])
+    prose = kinds.pop("prose")
+    chats = [spoken(model.render(one.text)) for one in load_prompts("general")[1::32]]
+    return {
+        "in domain": [*(passage(model, text) for text in prose), *chats],
+        **{kind: [passage(model, text) for text in found] for kind, found in kinds.items()},
+        "long context": [passage(model, "\n\n".join(prose), LONG)],
     }
 
 
-def passages(model: LiveModel, chosen: Sequence[Prompt], length: int) -> list[Conversation]:
-    """The beginnings of texts."""
-    return [spoken(tokens(model, one.text)[:length]) for one in chosen]
-
-
-def tokens(model: LiveModel, text: str) -> list[int]:
-    """The ids of a text without a template."""
-    found: list[int] = model.tokenizer(text, add_special_tokens=False).input_ids
-    return found
+def passage(model: LiveModel, text: str, length: int = TOKENS) -> Conversation:
+    """The beginning of a text, without a template."""
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    return spoken(ids[:length])
 
 
 def spoken(ids: Sequence[int]) -> Conversation:
@@ -204,22 +202,37 @@ def spoken(ids: Sequence[int]) -> Conversation:
     return Conversation(tuple(ids), len(ids) - 1, tuple(range(len(ids))))
 
 
-def lost(model: LiveModel, adds: Sequence[Add], chosen: Sequence[Conversation]) -> list[Divergence]:
-    """How far the model edited for each addition is from the hooked one."""
-    totals = [Divergence() for _ in adds]
+def lost(
+    model: LiveModel, adds: Mapping[tuple[int, str], Add], chosen: Sequence[Conversation]
+) -> dict[tuple[int, str], Divergence]:
+    """How far the model edited for each addition, by layer and fit, is from the hooked one.
+
+    At one layer the vector is the same for every fit, and so is the hooked model.
+    """
+    totals = {key: Divergence() for key in adds}
     for batch in batches([one.ids for one in chosen], model.tokenizer.pad_token_id, 8):
         base = compared(model, batch)
-        for add, total in zip(adds, totals, strict=True):
-            with steered(model, [add]):
-                hooked = compared(model, batch)
+        hooked: dict[int, Tensor] = {}
+        for (layer, fit), add in adds.items():
+            if layer not in hooked:
+                with steered(model, [add]):
+                    hooked[layer] = compared(model, batch)
             with edited(model, add.edits()):
-                total.add(base, hooked, compared(model, batch))
+                totals[layer, fit].add(base, hooked[layer], compared(model, batch))
     return totals
 
 
 def compared(model: LiveModel, batch: Batch) -> Tensor:
-    """The logits of a batch [n, vocabulary] at every third real position."""
-    return model.logits(batch)[batch.mask.bool()][::STEP]
+    """The logits of a batch [n, vocabulary] in every fourth column, where there is a token."""
+    columns = torch.arange(0, batch.ids.shape[1], STEP)
+    with torch.inference_mode():
+        logits: Tensor = model.model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=(batch.mask.cumsum(-1) - 1).clamp_min(0),
+            logits_to_keep=columns,
+        ).logits
+    return logits[batch.mask[:, columns].bool()]
 
 
 @contextmanager
@@ -254,15 +267,17 @@ class Base:
 
 def tiny(name: str, folder: Path) -> Row:
     """Every carrier that a row offers, and what an ablation leaves of its direction."""
-    write_tiny(name, folder / "base")
+    write_tiny(name, folder / "base", **WIDE)
     checkpoint = Checkpoint.open(folder / "base")
     arch = find_arch(checkpoint.config, name, checkpoint.tensors)
     model = LiveModel.load(folder / "base", arch)
     base = Base(folder, checkpoint, arch, model, model.logits(BATCH))
     row: Row = {"row": name}
     for carrier in carriers():
-        for site in ("in",) if carrier == "embedding" else ("mid", "out"):
-            spec = {"op": "add", "layer": 0 if site == "in" else 1, "site": site}
+        for site in SITES.get(carrier, ("mid", "out")):
+            # The first block of a mixture of experts may be a dense one.
+            layer = 0 if carrier == "block" or site == "in" else 1
+            spec = {"op": "add", "layer": layer, "site": site}
             title = f"{carrier}, {site}"
             row[title] = lost_through_disk(base, title, spec | {"carrier": carrier})
     for site in ("attention", "mlp"):
@@ -272,6 +287,9 @@ def tiny(name: str, folder: Path) -> Row:
         kind = str(dtype).removeprefix("torch.")
         row[f"ablated, {kind}"] = left_after_ablation(name, folder / kind, dtype)
     return row
+
+
+SITES: Mapping[str, Sequence[str]] = {"embedding": ("in",), "block": ("out",)}
 
 
 def carriers() -> tuple[str, ...]:
@@ -345,8 +363,8 @@ def written(
         for edit in one.edits():
             made.setdefault(edit.tensor, []).append(edit)
     folder.mkdir()
-    write_checkpoint(base, made, plan.created, plan.config, folder)
-    check_files(base, Checkpoint.open(folder), made, {one.name for one in plan.created})
+    write_checkpoint(base, made, plan.created, plan.config, folder, renamed=plan.renamed)
+    check_files(base, Checkpoint.open(folder), made, plan.created, plan.renamed)
     return LiveModel.load(folder, arch, torch.float32)
 
 

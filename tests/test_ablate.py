@@ -94,18 +94,28 @@ def with_exact_constants(folder: Path, built: Sequence[Intervention]) -> list[In
     return ready
 
 
-def test_norms_are_kept_and_nothing_is_left_in_the_stream(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [(), ("projected",), ("affine",)], ids=" ".join)
+def test_norms_are_kept_and_nothing_is_left_in_the_stream(
+    tiny: Path, tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    """Of the direction, of what is left of it beside the mean, or of all but the mean's part."""
     base, arch, layers = opened(tiny)
-    recipe = recipe_of({**everywhere(layers), "variant": "norm-preserving"})
+    recipe = recipe_of({**everywhere(layers), "variant": ["norm-preserving", *others]})
     if arch.model_type in EXPERTS:
-        named = r"edits\.0\.variant: \S+(experts\.|output_linear)\S+: .*; set variant: plain"
+        named = r"edits\.0\.variant: \S+(experts\.|output_linear)\S+: .*; leave norm-preserving out"
         with pytest.raises(ArchitectureError, match=named):
             make_plan(recipe, base, arch)
         return
     lost, after = lost_through_disk(tiny, recipe, tmp_path / "out")
     assert lost < 1e-4
-    direction = orthonormal(measured(base).directions[layers // 2][None])
-    assert left_in_stream(after, direction, layers) < 1e-6
+    found = measured(base)
+    direction, mean = found.directions[layers // 2], found.means[layers // 2]
+    if "projected" in others:
+        direction = direction - (direction @ mean) / (mean @ mean) * mean
+    basis = orthonormal(direction[None])
+    kept = mean @ basis if "affine" in others else torch.zeros(1)
+    for h in stream(after, layers):
+        assert float(((h @ basis - kept).norm(dim=-1) / h.norm(dim=-1)).max()) < 1e-5
     written = Checkpoint.open(tmp_path / "out")
     for one in (one for found in arch.written(base.tensors).values() for one in found):
         now, old = written.read(one.weight), base.read(one.weight)
@@ -171,10 +181,15 @@ def test_affine_everywhere_puts_the_mean_in_place_of_the_component(
         assert float(((h @ basis - wanted).norm(dim=-1) / h.norm(dim=-1)).max()) < 1e-5
 
 
-def test_affine_from_a_layer_on_adds_the_constant_once(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [["affine"], ["norm-preserving", "affine"]], ids=" ".join)
+def test_affine_from_a_layer_on_adds_the_constant_once(
+    tiny: Path, tmp_path: Path, variant: list[str]
+) -> None:
     """Behind layer 1 there is λ R Rᵀ μ more along R than before it, and layer 2 adds nothing."""
     base, arch, _ = opened(tiny)
-    spec = {"op": "ablate", "layers": [1, 2], "variant": "affine", "strength": 1.0}
+    if arch.model_type in EXPERTS and len(variant) > 1:
+        return
+    spec = {"op": "ablate", "layers": [1, 2], "variant": variant, "strength": 1.0}
     recipe = recipe_of(spec)
     plan = make_plan(recipe, base, arch)
     planned = plan.edits[-1]
@@ -278,6 +293,23 @@ def test_a_norm_preserving_ablation_comes_first(tiny_llama: Path, tmp_path: Path
     make_plan(recipe_of(gate, keeping | {"layers": [0]}), *opened(tiny_llama)[:2])
 
 
+def test_the_constant_of_a_norm_preserving_ablation_comes_behind_other_ablations(
+    tmp_path: Path,
+) -> None:
+    """Gemma's lies behind a norm, and a gate at the writer may still follow."""
+    write_tiny("gemma2", tmp_path / "base")
+    base, arch, _ = opened(tmp_path / "base")
+    both = {"op": "ablate", "layers": [1], "variant": ["norm-preserving", "affine"]}
+    with pytest.raises(ArchitectureError, match=r"edits\.1: .*o_proj.*; name the ablate first"):
+        make_plan(recipe_of(both, {"op": "ablate", "layers": [1]}), base, arch)
+    gate = {"op": "gate", "layers": [1], "sites": ["attention"], "strength": 0.3}
+    make_plan(recipe_of(both, gate), base, arch)
+
+    write_tiny("llama", tmp_path / "llama")
+    recipe = recipe_of(both, gate)
+    assert lost_through_disk(tmp_path / "llama", recipe, tmp_path / "out")[0] < 1e-4
+
+
 class ByWord:
     """A judge that goes by the prompt: `w1 ...` is refused, everything else answered."""
 
@@ -311,10 +343,17 @@ def test_the_fit_measures_the_mean_of_the_answered_class(tiny_llama: Path) -> No
     assert abs(float(mean @ ablation.cuts[0].basis)) < 1e-4 * float(mean.norm())
 
 
-@pytest.mark.parametrize("variant", ["norm-preserving", "projected", "affine"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *(["norm-preserving"], ["projected"], ["affine"]),
+        *(["projected", "norm-preserving"], ["norm-preserving", "affine"]),
+    ],
+    ids=" ".join,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_written_within_its_rounding(
-    tmp_path: Path, variant: str, dtype: torch.dtype
+    tmp_path: Path, variant: list[str], dtype: torch.dtype
 ) -> None:
     write_tiny("llama", tmp_path / "base", dtype=dtype)
     recipe = recipe_of({**everywhere(3), "variant": variant, "strength": 0.8})

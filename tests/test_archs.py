@@ -205,7 +205,9 @@ def test_a_row_with_a_wrong_field_fails(tiny: Path, tmp_path: Path) -> None:
 def test_a_gate_in_the_weights_is_the_hooked_gate(tiny: Path, tmp_path: Path, site: str) -> None:
     base = Checkpoint.open(tiny)
     arch = find_arch(base.config, "config.json")
-    recipe = recipe_of({"op": "gate", "layers": [1], "sites": [site], "strength": 4.0})
+    # In front of a post-norm what is added is shorter than what the norm writes.
+    strength = 0.4 if any(branch.norm for branch in arch.branches) else 4.0
+    recipe = recipe_of({"op": "gate", "layers": [1], "sites": [site], "strength": strength})
     written = [one for one in arch.written(base.tensors)[1] if one.branch.site == site]
     if any("expert" in one.weight for one in written) or (
         arch.model_type == "granitemoe" and site == "mlp"
@@ -335,6 +337,37 @@ def test_edits_of_one_tensor_compose_from_the_inside_out(
         make_plan(recipe_of(second, first), base, arch)
 
 
+@pytest.mark.parametrize(
+    ("add", "embeddings"),
+    [
+        ({"layer": 1, "site": "mid", "carrier": "bias"}, False),
+        ({"layer": 0, "site": "in"}, True),
+        ({"layer": 2, "site": "in", "carrier": "ridge"}, False),
+    ],
+    ids=["a bias that is new", "the embedding", "the input of the next block"],
+)
+def test_what_an_ablation_in_the_weights_would_cut_otherwise_comes_behind_it(
+    tmp_path: Path, add: dict[str, object], embeddings: bool
+) -> None:
+    """An ablation's hook does not reach these additions, or its edits do not."""
+    write_tiny("llama", tmp_path / "base")
+    base, arch = Checkpoint.open(tmp_path / "base"), ARCHS["llama"]
+    ablate = {"op": "ablate", "layers": [1], "embeddings": embeddings}
+    added = {"op": "add", "strength": 2.0} | add
+    with pytest.raises(ArchitectureError, match=r"edits\.1: .*; name the ablate first"):
+        make_plan(recipe_of(added, ablate), base, arch)
+    recipe = recipe_of(ablate, added)
+    make_plan(recipe, base, arch)
+    if add.get("carrier") == "ridge":
+        return
+    model = LiveModel.load(tmp_path / "base", arch)
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
+        hooked = model.logits(BATCH)
+    after = baked(base, arch, recipe, tmp_path / "out")
+    assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4
+
+
 def test_a_slot_that_the_class_does_not_have_fails(tmp_path: Path) -> None:
     """Qwen 2 hard-codes down_proj without a bias: a row that says otherwise is caught."""
     folder = tmp_path / "qwen2"
@@ -380,6 +413,18 @@ def test_existing_biases_and_other_variants_of_a_row(
     after = baked(base, arch, recipe_of(everywhere(layers)), tmp_path / "out")
     direction = orthonormal(measured(base).directions[layers // 2][None])
     assert left_in_stream(after, direction, layers) < 1e-6
+
+
+def test_a_bias_that_is_there_already_may_be_dropped_too(tmp_path: Path) -> None:
+    """llama.cpp loads falcon-h1's attn_output.bias and never adds it (falcon-h1.cpp:91, 153)."""
+    write_tiny("falcon_h1", tmp_path, attention_bias=True)
+    base, arch = Checkpoint.open(tmp_path), ARCHS["falcon_h1"]
+    spec = {"op": "add", "layer": 1, "site": "mid", "strength": 1.0, "carrier": "bias"}
+    make_plan(recipe_of(spec, runtimes=("transformers", "mlx")), base, arch)
+    with pytest.raises(
+        ArchitectureError, match=r"llama\.cpp would drop a bias of self_attn\.o_proj"
+    ):
+        make_plan(recipe_of(spec, runtimes=("transformers", "llama.cpp")), base, arch)
 
 
 def test_gpt2_without_its_prefix_is_the_same_model(tmp_path: Path) -> None:
@@ -485,6 +530,30 @@ def test_a_gguf_of_falcon_h1_has_its_multipliers_in_the_weights(tmp_path: Path) 
         vector = measured(base).directions[int(str(spec["layer"]))]
         torch.testing.assert_close(moved.vector, vector)
         assert not torch.allclose(edit.vector, vector, rtol=0.1)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
+def test_a_gate_follows_the_columns_of_linear_attention_into_the_gguf(
+    tmp_path: Path, model_type: str
+) -> None:
+    """llama.cpp's converter puts the first value head of every key head first, but in Next."""
+    write_tiny(model_type, tmp_path)
+    base, arch = Checkpoint.open(tmp_path), ARCHS[model_type]
+    recipe = recipe_of({"op": "gate", "layers": [1], "sites": ["attention"], "strength": 1.0})
+    (one,) = interventions(base, arch, recipe)
+    (edit,) = one.edits()
+    assert edit.tensor == "model.layers.1.linear_attn.out_proj.weight"
+
+    def converted(weight: Tensor) -> Tensor:
+        if model_type == "qwen3_next":
+            return weight
+        # Four value heads of width 8, the first two of one key head.
+        heads = weight.split(8, -1)
+        return torch.cat([heads[place] for place in (0, 2, 1, 3)], -1)
+
+    weight = base.read(edit.tensor)
+    moved = gguf_edit(edit, arch, base.config)
+    torch.testing.assert_close(moved.apply(converted(weight)), converted(edit.apply(weight)))
 
 
 def test_a_changed_byte_is_found(tiny_llama: Path, tmp_path: Path) -> None:

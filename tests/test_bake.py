@@ -14,8 +14,8 @@ from bake.directions import load_directions
 from bake.errors import GuardError, VerificationError
 from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
-from bake.manifest import file_hash
-from bake.pipeline import bake
+from bake.manifest import differences, read_outputs
+from bake.pipeline import DIRECTIONS, bake
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
 
@@ -29,10 +29,17 @@ SMALL = (
 )
 # The shipped recipe names q8_0.
 FULL = ("export.adapters=[peft, gguf]", "export.gguf.edited_type=auto")
+ADD = "edits=[{op: add, layer: 15, strength: -1}]"
 
 
 def small(output: Path, *overrides: str) -> LoadedRecipe:
     return load_recipe("political-open", overrides=(*SMALL, *overrides), output=str(output))
+
+
+def added(baked: Path, output: Path, *overrides: str) -> LoadedRecipe:
+    """An unconditional vector from the directions of another bake: nothing is fitted."""
+    directions = f"directions={baked / DIRECTIONS}"
+    return small(output, ADD, directions, *overrides)
 
 
 def files(folder: Path) -> set[str]:
@@ -62,8 +69,7 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         "steering/directions.safetensors",
         "tokenizer.json",
     }
-    for name, digest in manifest["outputs"].items():
-        assert file_hash(baked / name) == digest
+    assert differences(baked, read_outputs(baked)) == []
     assert len(manifest["residuals"]) == len(manifest["gguf"]) == len(manifest["plan"]["edits"])
     for one in manifest["gguf"]:
         assert one["by_inputs"]
@@ -126,9 +132,9 @@ def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None
         assert (baked / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_a_broken_guard_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
+def test_a_broken_guard_publishes_nothing(baked: Path, tmp_path: Path) -> None:
     shown: list[str] = []
-    loaded = small(tmp_path / "out", "guard.target_at_least=100", "edits.0.strength=-6")
+    loaded = added(baked, tmp_path / "out", "guard.target_at_least=100")
     with pytest.raises(GuardError, match="target refusals are") as caught:
         bake(loaded, show=shown.append)
     assert caught.value.exit_code == 3
@@ -136,18 +142,17 @@ def test_a_broken_guard_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lost_parity_publishes_nothing(demo: Demo, tmp_path: Path) -> None:
-    loaded = small(tmp_path / "out", "verify.gguf_lost_share=1e-9")
+def test_lost_parity_publishes_nothing(baked: Path, tmp_path: Path) -> None:
+    loaded = added(baked, tmp_path / "out", "verify.gguf_lost_share=1e-9")
     with pytest.raises(VerificationError, match=r"parity, llama\.cpp") as caught:
         bake(loaded)
     assert caught.value.exit_code == 4
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_added_vector_matches_llama_cpps_control_vector(demo: Demo, tmp_path: Path) -> None:
+def test_an_added_vector_matches_llama_cpps_control_vector(baked: Path, tmp_path: Path) -> None:
     """`add` through the bias, in both formats; for the second the reference is llama.cpp's own."""
-    add = "edits=[{op: add, layer: 15, strength: -1}]"
-    folder = bake(small(tmp_path / "out", add, "export.control_vector=true"))
+    folder = bake(added(baked, tmp_path / "out", "export.control_vector=true"))
     parity = json.loads((folder / "bake.json").read_text())["measured"]["parity"]
     assert parity["transformers"]["lost_share"] < 1e-4
     assert parity["llama.cpp, its own control vector"]["lost_share"] < 1e-2
@@ -160,10 +165,11 @@ def test_an_added_vector_matches_llama_cpps_control_vector(demo: Demo, tmp_path:
     assert torch.equal(beside.vectors[15], gguf.read("blk.15.ffn_down.bias"))
 
 
-def test_an_inserted_block_matches_llama_cpps_control_vector(demo: Demo, tmp_path: Path) -> None:
+def test_an_inserted_block_matches_llama_cpps_control_vector(
+    baked: Path, demo: Demo, tmp_path: Path
+) -> None:
     """`add` through one more block, in both formats, from a GGUF of four bits."""
-    add = "edits=[{op: add, layer: 15, strength: -1, carrier: block}]"
-    folder = bake(small(tmp_path / "out", add))
+    folder = bake(added(baked, tmp_path / "out", "edits.0.carrier=block"))
     manifest = json.loads((folder / "bake.json").read_text())
     parity = manifest["measured"]["parity"]
     assert parity["transformers"]["lost_share"] < 1e-4

@@ -34,14 +34,17 @@ from tests.tiny_gguf import write_tiny_gguf
 F32, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
 
 # More than twice the width, and no multiple of it; a window shorter than the texts.
-WIDE: Mapping[str, Any] = {"intermediate_size": 80}
+WIDE: Mapping[str, Any] = {"intermediate_size": 80, "block_ff_dim": 80}
 ALTERNATING: Mapping[str, Any] = {
     "num_hidden_layers": 4,
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
 }
+# Mixtures of experts whose first blocks are dense, here the first two.
+LEADING = {"deepseek_v2", "deepseek_v3", "glm4_moe"}
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     **{name: (name, {}) for name, row in ARCHS.items() if isinstance(row.block, Block)},
+    **{name: (name, {"first_k_dense_replace": 2}) for name in LEADING},
     **{
         name: (name, ALTERNATING)
         for name in ("ministral", "gemma2", "gemma3_text", "olmo3", "cohere2")
@@ -49,6 +52,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2-windows": ("qwen2", ALTERNATING | {"use_sliding_window": True}),
     "qwen3-windows": ("qwen3", ALTERNATING | {"use_sliding_window": True}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}),
+    "qwen3_moe-mixed": ("qwen3_moe", {"mlp_only_layers": [1, 2]}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "gelu": ("llama", {"hidden_act": "gelu"}),
@@ -58,7 +62,8 @@ TIED: Mapping[str, Any] = {"tie_word_embeddings": True}
 OFFERED = {
     *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
     *("gemma3_text", "phi3", "olmo2", "olmo3", "glm4", "granite", "smollm3", "cohere", "cohere2"),
-    "stablelm",
+    *("stablelm", "falcon_h1", "lfm2", "qwen3_5_text"),
+    *("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe"),
 }
 
 
@@ -108,6 +113,11 @@ def test_the_rows_that_offer_a_block() -> None:
 def test_an_inserted_block_is_the_hook(wide: Path, tmp_path: Path, layer: int) -> None:
     base, arch = opened(wide)
     count = arch.layer_count(base.config)
+    if layer < 0 and arch.model_type in LEADING:
+        message = r"the block has no mlp\.gate_proj\.weight, which an inserted one needs"
+        with pytest.raises(ArchitectureError, match=message):
+            make_plan(recipe_of(adding(2)), base, arch)
+        return
     share, after = lost(wide, recipe_of(adding(layer % count)), tmp_path / "out")
     assert share < 1e-4
     assert after.model.config.num_hidden_layers == count + 1
@@ -158,6 +168,15 @@ def mutations(arch: Arch) -> Iterator[Arch]:
     for key in block.per_layer:
         others = tuple(one for one in block.per_layer if one != key)
         yield replace(arch, block=replace(block, per_layer=others))
+    if block.gate_scale:
+        yield replace(arch, block=replace(block, gate_scale=()))
+    if block.dense:
+        yield replace(arch, block=replace(block, dense=None))
+        yield replace(arch, block=replace(block, dense=replace(block.dense, listed="dense")))
+        step = replace(block.dense, step="num_experts")
+        yield replace(arch, block=replace(block, dense=step))
+    if "first_k_dense_replace" in block.leading:
+        yield replace(arch, block=replace(block, leading=()))
     wrong = [replace(mlp, scale=())] if mlp.scale else []
     if mlp.norm:
         wrong += [replace(mlp, norm=None), replace(mlp, norm_offset=1.0 - mlp.norm_offset)]
@@ -179,7 +198,9 @@ def test_a_row_with_a_wrong_role_fails(wide: Path, tmp_path: Path) -> None:
 
 def test_rows_without_a_block_say_why(tiny: Path) -> None:
     base, arch = opened(tiny)
-    if isinstance(arch.block, Block):
+    if arch.model_type in LEADING:
+        message = r"the block has no mlp\.gate_proj\.weight"
+    elif isinstance(arch.block, Block):
         message = r"the MLP has 32 neurons, an inserted block needs twice .*, 64"
     else:
         message = rf"model_type '{arch.model_type}': {arch.block}"
@@ -200,6 +221,12 @@ REFUSALS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str, str
     "one less than such a size": (
         *("gemma3_text", {"num_hidden_layers": 61}, {}, "ollama"),
         "ollama takes a model of 62 layers for another size",
+    ),
+    "kinds by number": ("qwen3_5_text", {}, {}, "sglang", "takes a block's kind from its number"),
+    "no dense block": ("qwen3_moe", {}, {}, "llama.cpp", "llama.cpp has no dense block among"),
+    "dense blocks by number": (
+        *("qwen2_moe", {"decoder_sparse_step": 2}, {}, "vllm"),
+        r"decoder_sparse_step: is 2, so which blocks are dense",
     ),
     "a list that nobody knows": (
         *("llama", {}, {"layer_scales": [1.0, 2.0, 3.0]}, "vllm"),
@@ -284,6 +311,20 @@ def test_leading_layers_are_counted(tmp_path: Path) -> None:
         assert config["max_window_layers"] == leading
         kinds = ["full_attention"] * leading + ["sliding_attention"] * windows
         assert config["layer_types"] == kinds
+
+
+def test_the_numbers_of_layers_that_a_config_lists_follow(tmp_path: Path) -> None:
+    """LFM2's files say which layers have attention, by number alone; MLX reads it there."""
+    folder = tmp_path / "base"
+    write_tiny("lfm2", folder, **WIDE, num_hidden_layers=4, full_attn_idxs=[1, 3])
+    edit_config(folder, "layer_types")
+    for number, (layer, listed) in enumerate(((1, [1, 2, 4]), (0, [2, 4]), (3, [1, 3, 4]))):
+        output = tmp_path / str(number)
+        share, after = lost(folder, recipe_of(adding(layer)), output)
+        assert share < 1e-4
+        assert json.loads((output / "config.json").read_text())["full_attn_idxs"] == listed
+        kinds = ["full_attention" if one in listed else "conv" for one in range(5)]
+        assert after.model.config.layer_types == kinds
 
 
 COMPOSED: Mapping[str, tuple[str, Sequence[Mapping[str, object]], tuple[int, ...]]] = {
@@ -528,7 +569,7 @@ def test_llama_cpp_runs_the_inserted_block(
     write_tiny_gguf(base, arch, source)
     recipe = recipe_of(adding(1), runtimes=["transformers", "llama.cpp"])
     plan, gguf = make_plan(recipe, base, arch), GGUFFile.open(source)
-    if arch.block.windows:
+    if arch.block.listed:
         assert f"{gguf.architecture}.attention.sliding_window_pattern" not in gguf.metadata
     check_gguf(plan, base, arch, gguf)
     patch_gguf(

@@ -72,7 +72,7 @@ def test_collected_states_are_those_of_the_model(tiny_llama: Path) -> None:
     writer = model.block(1).get_submodule("mlp.down_proj")
     taps = {
         "block": Tap(model.block(1), "output", "last"),
-        "samples": Tap(model.block(1), "output", "last", "samples"),
+        "samples": Tap(model.block(1), "output", "last", rows=(0, 2)),
         "writer": Tap(writer, "input", "decision", "second"),
     }
     found = collect(model, conversations, taps, batch_size=2)
@@ -88,11 +88,47 @@ def test_collected_states_are_those_of_the_model(tiny_llama: Path) -> None:
     wanted = (last[0] + 0.5 * last[1]) / 1.5
     torch.testing.assert_close(found["block"].mean.float(), wanted, atol=1e-5, rtol=1e-4)
     # In the order given, though the batches go by length.
-    torch.testing.assert_close(found["samples"].values, torch.stack(last), atol=1e-5, rtol=1e-4)
+    kept = torch.stack([last[0], last[2]])
+    torch.testing.assert_close(found["samples"].values, kept, atol=1e-5, rtol=1e-4)
     rows = torch.cat(inputs)
     torch.testing.assert_close(
         found["writer"].gram.float(), rows.T @ rows / len(rows), atol=1e-4, rtol=1e-4
     )
+
+
+def test_what_lies_behind_the_last_tap_is_not_run(tiny_llama: Path) -> None:
+    model = LiveModel.load(tiny_llama, ARCHS["llama"])
+    ran: list[int] = []
+    handles = [
+        model.block(layer).register_forward_pre_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer in range(3)
+    ]
+    # They begin differently, so nothing is read for both.
+    conversations = [Conversation((first, 5, 9, 40), 3, (2, 3)) for first in (1, 3)]
+    down = model.block(0).get_submodule("mlp.down_proj")
+    taps = {"in": Tap(down, "input", "decision"), "out": Tap(model.block(1), "output", "last")}
+    found = collect(model, conversations, taps, batch_size=1)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1, 0, 1]
+    assert found["in"].weight == 4
+    assert found["out"].weight == 2
+    # The model is whole afterwards.
+    with torch.inference_mode():
+        assert model.model(torch.tensor([[1, 5]])).logits.isfinite().all()
+
+
+@given(SEEDS)
+def test_a_gram_matrix_of_strips_is_the_whole_one(seed: int) -> None:
+    """Wider than one strip, and with weights."""
+    samples, weights = drawn(seed, 7, 600), drawn(seed + 1, 7).abs()
+    found = Moments("covariance")
+    found.add(samples[:3], weights[:3])
+    found.add(samples[3:], weights[3:])
+    wanted = (samples.T * weights) @ samples / weights.sum()
+    torch.testing.assert_close(found.gram, wanted)
+    centred = samples - weights @ samples / weights.sum()
+    torch.testing.assert_close(found.covariance, (centred.T * weights) @ centred / weights.sum())
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:

@@ -76,6 +76,7 @@ class ByTopic:
 @pytest.fixture(autouse=True)
 def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setenv("BAKE_CACHE", str(place / "cache"))
     monkeypatch.setattr("bake.pipeline.find_judge", ByTopic)
 
 
@@ -109,7 +110,7 @@ def behind_blocks(model: LiveModel, ids: Sequence[int], **change: object) -> tor
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS.keys() - {"som"}))
 def test_every_estimator_gives_a_file_with_its_figures(tmp_path: Path, estimator: str) -> None:
     path = tmp_path / "d.safetensors"
     try:
@@ -240,7 +241,7 @@ def test_cosmic_takes_the_best_layer_for_all(
     deep = ("fit.estimator=cosmic", f"model={tmp_path / 'deep'}")
     # The last fifth of the layers is out of the question.
     points = {0: 0.5, 1: 0.3, 2: 0.4, 3: 0.9, 4: 1.9}
-    monkeypatch.setattr(CosmicScores, "score", lambda self, layer, vector: points[layer])
+    monkeypatch.setattr(CosmicScores, "score", lambda self, layer, *_: points[layer])
     monkeypatch.setattr(CosmicScores, "divergence", lambda self, vector: 0.01)
     path = tmp_path / "d.safetensors"
     fit_to_file(loaded(*deep), path)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -387,12 +388,10 @@ def test_replies_that_came_before_a_failure_are_kept(serve: Serve, tmp_path: Pat
     )
     with pytest.raises(JudgeError, match="HTTP 401"):
         chat(script.url, tmp_path, concurrent=1).judge(EXCHANGES)
-    asked = len(script.asked)
     script.answer = refusal
     judge = chat(script.url, tmp_path)
     assert all(one.refused for one in judge.judge(EXCHANGES))
     assert judge.usage.cached == 5
-    assert len(script.asked) == asked + 7
 
 
 def test_verdicts_that_cannot_be_read_are_counted(
@@ -412,6 +411,92 @@ def test_verdicts_that_cannot_be_read_are_counted(
     with pytest.raises(JudgeError, match=r"3 of 5 verdicts .* \(no verdict\), .* allows 10 %"):
         Readable(judge, 10).judge(EXCHANGES[:5])
     assert Readable(judge, 60).judge(EXCHANGES[:5]) == found
+
+
+def test_a_request_that_is_not_taken_is_unread_and_the_rest_is_judged(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt beyond the judge's context; servers say it with one of three codes."""
+    words = json.dumps({"error": {"message": "too many\ntokens"}}).encode()
+    codes = {"question 1\n": 400, "question 2\n": 413, "question 3\n": 422, "question 4\n": 400}
+
+    def long(number: int, body: dict[str, object]) -> Answer:
+        asked = json.dumps(body)
+        for part, code in codes.items():
+            if json.dumps(part)[1:-1] in asked:
+                return code, {}, words
+        return refusal(number, body)
+
+    script = serve(long)
+    judge = chat(script.url, tmp_path)
+    verdicts = judge.judge(EXCHANGES)
+    assert [one.label for one in verdicts] == [1, 0, 0, 0, 0] + [1] * 7
+    assert {one.category for one in verdicts[1:5]} == {"request not taken"}
+    said = capsys.readouterr().err
+    assert "judge: 2 of 12 requests were not taken: HTTP 400 (too many tokens)\n" in said
+    assert "judge: 1 of 12 requests were not taken: HTTP 413" in said
+    # Nothing is asked twice of what is known; what was not taken may be by another setting.
+    codes.clear()
+    assert all(one.refused for one in judge.judge(EXCHANGES))
+    assert len(script.asked) == 12 + 4
+
+
+def test_a_reply_of_nothing_is_asked_again(serve: Serve, tmp_path: Path) -> None:
+    script = serve(lambda number, body: reply(""))
+    judge = chat(script.url, tmp_path)
+    assert judge.judge(EXCHANGES[:1])[0] == Verdict(UNREAD, "no verdict")
+    script.answer = refusal
+    assert judge.judge(EXCHANGES[:1])[0].refused
+    assert len(script.asked) == 2
+    # One that an older bake has kept is none either.
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text('{"reply": ""}')
+    assert judge.judge(EXCHANGES[:1])[0].refused
+    assert len(script.asked) == 3
+
+
+def test_an_interrupt_waits_for_no_request(serve: Serve, tmp_path: Path) -> None:
+    """A process that asks a server which never answers ends at Ctrl-C, not at its timeout."""
+    gate = threading.Event()
+
+    def slow(number: int, body: object) -> Answer:
+        gate.wait(60)
+        return refusal(number, body)
+
+    script = serve(slow)
+    # Where tests run in the background, the shell has them ignore the signal.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from tests.test_judges import EXCHANGES, chat\n"
+        "chat(sys.argv[1], Path(sys.argv[2]), timeout=60, concurrent=3).judge(EXCHANGES)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, script.url, str(tmp_path)], stderr=subprocess.DEVNULL
+    )
+    while len(script.asked) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) not in (0, None)
+    assert time.monotonic() - started < 10
+    assert len(script.asked) == 3
+    gate.set()
+
+
+def test_a_failure_waits_for_no_request(serve: Serve, tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def one_fails(number: int, body: object) -> Answer:
+        if number == 2:
+            return 401, {}, b"no"
+        gate.wait(30)
+        return refusal(number, body)
+
+    started = time.monotonic()
+    with pytest.raises(JudgeError, match="HTTP 401"):
+        chat(serve(one_fails).url, tmp_path, timeout=30, concurrent=2).judge(EXCHANGES)
+    assert time.monotonic() - started < 10
+    gate.set()
 
 
 def test_a_damaged_cache_is_asked_again_and_one_that_cannot_be_written_is_named(
@@ -452,7 +537,7 @@ def test_the_recipe_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # --- a model in this process
 
 
-def test_the_local_judge_says_what_its_model_writes(demo: Demo) -> None:
+def test_the_local_judge_says_what_its_model_writes(demo: Demo, tmp_path: Path) -> None:
     """Batches of chats of different lengths against one plain generation each."""
     exchanges = [
         Exchange("Who wrote Hamlet?", "Shakespeare did."),
@@ -471,6 +556,14 @@ def test_the_local_judge_says_what_its_model_writes(demo: Demo) -> None:
             )
         wanted.append(read_verdict(tokenizer.decode(written[0, ids.shape[1] :])))
     assert LocalJudge(str(demo.model), tokens=24).judge(exchanges) == wanted
+    # With a cache a rerun writes nothing again: it does not even load the model.
+    kept = Replies(tmp_path)
+    assert LocalJudge(str(demo.model), tokens=24, replies=kept).judge(exchanges) == wanted
+    again = LocalJudge(str(demo.model), tokens=24, replies=kept)
+    assert again.judge(exchanges) == wanted
+    assert "_loaded" not in vars(again)
+    assert kept.get(again._request(exchanges[0])) is not None
+    assert kept.get(LocalJudge(str(demo.model), tokens=25)._request(exchanges[0])) is None
 
 
 def test_a_local_judge_that_is_none(tmp_path: Path) -> None:
@@ -532,8 +625,10 @@ def test_a_real_server(
     again = chat(llama_server, tmp_path, tokens=48)
     assert again.judge(exchanges) == verdicts
     assert again.usage.tokens_in == 0
-    # A prompt beyond the context is the server's own refusal, in one line.
-    with pytest.raises(JudgeError, match="HTTP 400") as caught:
-        chat(llama_server, tmp_path).judge([Exchange("Go on.", "word " * 6000)])
-    assert "maximum context length" in one_line(caught)
-    assert "(3 from the cache, " in capsys.readouterr().err
+    # A prompt beyond the context is unread, with the server's own words.
+    (verdict,) = chat(llama_server, tmp_path).judge([Exchange("Go on.", "word " * 6000)])
+    assert verdict == Verdict(UNREAD, "request not taken")
+    said = capsys.readouterr().err
+    assert "1 of 1 requests were not taken: HTTP 400" in said
+    assert "maximum context length" in said
+    assert "(3 from the cache, " in said

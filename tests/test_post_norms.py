@@ -27,7 +27,7 @@ from bake.ops.gate import Gate
 from bake.plan import make_plan
 from bake.prompts import Prompt, Splits
 from bake.recipe import Recipe
-from tests.test_archs import BATCH, baked, effect_lost, interventions, recipe_of
+from tests.test_archs import BATCH, baked, drawn, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny
 
 POST_NORMS = ("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
@@ -120,10 +120,28 @@ def test_the_shorter_the_vector_the_nearer_it_is_added(tmp_path: Path) -> None:
     assert lost[-1] < 0.7 * lost[0]
 
 
-def test_a_vector_longer_than_what_the_norm_writes_is_refused(tmp_path: Path) -> None:
-    write_tiny("olmo2", tmp_path)
-    with pytest.raises(FitError, match=r"post_attention_layernorm\.weight: .* lower the strength"):
-        interventions(Checkpoint.open(tmp_path), ARCHS["olmo2"], added("mid", 9.0))
+@pytest.mark.parametrize("model_type", POST_NORMS)
+def test_a_vector_longer_than_what_the_norm_writes_is_refused(
+    tmp_path: Path, model_type: str
+) -> None:
+    """For a carrier and for a gate, however far it opens."""
+    write_tiny(model_type, tmp_path)
+    base, arch = Checkpoint.open(tmp_path), ARCHS[model_type]
+    norm = arch.post_norm(1, arch.branches[0])
+    assert norm is not None
+    # Directions are drawn with an entry of 1 on average, so this is what the vector measures.
+    longest = float((drawn(1, 32) / read_gain(base, norm)).square().mean() ** -0.5)
+    gate = {"op": "gate", "layers": [1], "sites": ["attention"]}
+    for spec in (
+        {"op": "add", "layer": 1, "site": "mid", "carrier": "ridge"},
+        gate,
+    ):
+        interventions(base, arch, recipe_of(spec | {"strength": -0.99 * longest}))
+        with pytest.raises(FitError, match=rf"{norm.weight}: .* 1\.0 times .* lower the strength"):
+            interventions(base, arch, recipe_of(spec | {"strength": -1.01 * longest}))
+    # Spread over two writers, each part is half as long.
+    both = gate | {"sites": ["attention", "mlp"], "strength": 1.01 * longest}
+    interventions(base, arch, recipe_of(both))
 
 
 @pytest.mark.parametrize("op", ["add", "gate"])

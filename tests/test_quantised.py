@@ -75,6 +75,14 @@ def write_headers(folder: Path, config: Mapping[str, object], *names: str) -> Pa
             *(f"{DOWN}.weight", r"quantization_config\.scale_fmt: is 'ue8m0'", "bfloat16 copy"),
         ),
         (
+            {"quantization_config": FP8 | {"expert_dtype": "fp4"}},
+            *(f"{DOWN}.weight", r"quantization_config\.expert_dtype: is 'fp4'", "bfloat16 copy"),
+        ),
+        (
+            {"quantization_config": FP8 | {"fmt": "e5m2"}},
+            *(f"{DOWN}.weight", r"quantization_config\.fmt: is 'e5m2'", "bfloat16 copy"),
+        ),
+        (
             {"quantization_config": FP8 | {"weight_block_size": [128]}},
             *(f"{DOWN}.weight", r"weight_block_size: expected two", r"found \[128\]"),
         ),
@@ -121,6 +129,16 @@ def write_fp8(folder: Path, model_type: str = "llama", block: int | None = 16, *
                 static = name.removesuffix(".weight") + ".activation_scale"
                 tensors[static] = torch.tensor(0.02)
         save_file(tensors, file, {"format": "pt"})
+    write_index(folder)
+    scheme = {"weight_block_size": block and [block, block]}
+    scheme |= {"activation_scheme": "dynamic" if block else "static"}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = FP8 | scheme
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_index(folder: Path) -> None:
+    """Write the index of a sharded checkpoint anew."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
@@ -130,11 +148,19 @@ def write_fp8(folder: Path, model_type: str = "llama", block: int | None = 16, *
             "weight_map": {name: file for file, found in files.items() for name in found},
         }
         index.write_text(json.dumps(content))
-    scheme = {"weight_block_size": block and [block, block]}
-    scheme |= {"activation_scheme": "dynamic" if block else "static"}
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = FP8 | scheme
-    (folder / "config.json").write_text(json.dumps(config))
+
+
+def fp8_modules(folder: Path) -> set[str]:
+    """The modules that transformers puts in FP8 on a graphics card."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    chosen = FineGrainedFP8Config.from_dict(dict(config.quantization_config))
+    skipped = FineGrainedFP8HfQuantizer.get_modules_to_not_convert(
+        empty, chosen.modules_to_not_convert, empty._keep_in_fp32_modules
+    )
+    replace_with_fp8_linear(empty, skipped, chosen, pre_quantized=True)
+    return {name for name, one in empty.named_modules() if isinstance(one, FP8Linear)}
 
 
 def everything() -> Recipe:
@@ -160,7 +186,7 @@ def test_edited_weights_leave_fp8_and_stock_classes_load_the_rest(
     arch = find_arch(base.config, "config.json", base.tensors)
     recipe = everything()
     plan = make_plan(recipe, base, arch)
-    assert "the edited tensors leave FP8" in plan.table()
+    assert "what is edited or inserted is written in BF16" in plan.table()
     baked(base, arch, recipe, output)
 
     model, after = (LiveModel.load(one, arch, torch.float32) for one in (folder, output))
@@ -193,18 +219,87 @@ def test_edited_weights_leave_fp8_and_stock_classes_load_the_rest(
         assert content["metadata"]["total_size"] == sum(one.nbytes for one in written.values())
 
     # On a graphics card transformers puts FP8 modules where these weights are, and only there.
-    config = AutoConfig.from_pretrained(output)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    chosen = FineGrainedFP8Config.from_dict(dict(config.quantization_config))
-    skipped = FineGrainedFP8HfQuantizer.get_modules_to_not_convert(
-        empty, chosen.modules_to_not_convert, empty._keep_in_fp32_modules
-    )
-    replace_with_fp8_linear(empty, skipped, chosen, pre_quantized=True)
-    found = {name for name, one in empty.named_modules() if isinstance(one, FP8Linear)}
-    assert found == {
+    assert fp8_modules(output) == {
         name.removesuffix(".weight") for name, one in written.items() if one.dtype.itemsize == 1
     }
+
+
+@pytest.mark.parametrize("listed", [None, "modules_to_not_convert", "ignored_layers"])
+def test_a_block_beside_weights_in_fp8(tmp_path: Path, listed: str | None) -> None:
+    """The block is in BF16, the blocks behind keep FP8 and their scales under their new names."""
+    folder, output = tmp_path / "base", tmp_path / "out"
+    write_fp8(folder, intermediate_size=80, shard="20KB")
+    alone = "model.layers.2.self_attn.q_proj"
+    if listed:
+        leave_fp8(folder, f"{alone}.weight")
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"][listed] = ["lm_head", alone, "model.layers.*.mlp.gate"]
+        (folder / "config.json").write_text(json.dumps(config))
+    base = Checkpoint.open(folder)
+    arch = find_arch(base.config, "config.json", base.tensors)
+    recipe = recipe_of(
+        {"op": "ablate", "layers": [2]},
+        {"op": "add", "layer": 1, "strength": 2.0, "carrier": "block"},
+    )
+    model = LiveModel.load(folder, arch, torch.float32)
+    before = model.logits(BATCH)
+    with steered(model, interventions(base, arch, recipe)):
+        hooked = model.logits(BATCH)
+    baked(base, arch, recipe, output)
+    after = LiveModel.load(output, arch, torch.float32).logits(BATCH)
+    total = Divergence()
+    total.add(*(one.flatten(0, 1) for one in (before, hooked, after)))
+    assert total.lost_share < recipe.verify.lost_share
+
+    written = {
+        name: one for file in output.glob("*.safetensors") for name, one in load_file(file).items()
+    }
+    moved = "model.layers.3"
+    plain = {f"{moved}.self_attn.o_proj", f"{moved}.mlp.down_proj"} | (
+        {f"{moved}.self_attn.q_proj"} if listed else set()
+    )
+    halves = {
+        name.removesuffix(".weight")
+        for name, one in written.items()
+        if name.endswith("_proj.weight") and one.dtype == torch.bfloat16
+    }
+    assert {name for name in halves if not name.startswith("model.layers.2.")} == plain
+    assert len(halves) == len(plain) + 7
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(written)
+    assert f"{moved}.mlp.up_proj.weight_scale_inv" in written
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    if listed:
+        assert config[listed][:3] == [
+            *("lm_head", f"{moved}.self_attn.q_proj", "model.layers.*.mlp.gate")
+        ]
+    assert fp8_modules(output) == {
+        name.removesuffix(".weight") for name, one in written.items() if one.dtype.itemsize == 1
+    }
+
+
+def test_a_module_that_the_config_names_in_its_own_way_is_not_moved(tmp_path: Path) -> None:
+    write_fp8(tmp_path, intermediate_size=80)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["layers.2.mlp.gate"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = Checkpoint.open(tmp_path)
+    arch = find_arch(base.config, "config.json", base.tensors)
+    add = {"op": "add", "layer": 1, "strength": 2.0, "carrier": "block"}
+    with pytest.raises(ArchitectureError, match=r"names layers\.2\.mlp\.gate, which is no module"):
+        make_plan(recipe_of(add), base, arch)
+    make_plan(recipe_of({"op": "ablate", "layers": [1]}), base, arch)
+
+
+def leave_fp8(folder: Path, name: str) -> None:
+    """Write one of the weights in BF16, as published files have some."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = dequantised(tensors[name], tensors.pop(f"{name}_scale_inv"), name)
+            tensors[name] = tensors[name].bfloat16()
+            save_file(tensors, file, {"format": "pt"})
+    write_index(folder)
 
 
 def test_a_changed_scale_is_found(tmp_path: Path) -> None:
@@ -232,9 +327,27 @@ def test_dequantised_is_what_transformers_makes_of_it(block: int | None) -> None
     assert torch.equal(dequantised(values, scale, "weight"), theirs)
 
 
-def test_blocks_that_do_not_divide_the_weight_are_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"weight: its scale has shape \(3, 2\)"):
-        dequantised(drawn(1, 32, 32), drawn(2, 3, 2), "weight")
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [
+        ((32, 32), drawn(2, 3, 2)),
+        # Blocks of 16 of which the last has 8 are no two blocks of 12.
+        ((24, 32), drawn(2, 2, 2)),
+        ((32, 24), drawn(2, 2, 2)),
+        ((32, 32), drawn(2, 2)),
+        # Exponents, as MXFP8 has them.
+        ((32, 32), torch.full((2, 2), 127, dtype=torch.uint8)),
+        ((32, 32), torch.full((1, 1), 127, dtype=torch.uint8)),
+    ],
+)
+def test_scales_that_mean_something_else_are_refused(shape: tuple[int, int], scale: Tensor) -> None:
+    with pytest.raises(CheckpointError, match=r"weight: its scale is torch\.\w+ \(.* give a bfl"):
+        dequantised(drawn(1, *shape), scale, "weight")
+
+
+def test_a_scale_a_row_is_read() -> None:
+    weight, scale = drawn(1, 24, 40), drawn(2, 24, 1)
+    assert torch.equal(dequantised(weight, scale, "weight"), weight * scale)
 
 
 def test_one_expert_of_a_layer_cannot_leave_fp8(tmp_path: Path) -> None:

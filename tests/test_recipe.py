@@ -98,14 +98,16 @@ def test_every_variant_of_an_ablation_is_read(tmp_path: Path) -> None:
         "- {op: ablate, layers: 3, variant: projected, embeddings: true}\n"
         "- {op: ablate, layers: 3, variant: affine, strength: 0.5}\n"
         "- {op: ablate, layers: 3, variant: plain, kernel: {peak: 4, width: 2}}\n"
+        "- {op: ablate, layers: 3, variant: [projected, norm-preserving]}\n"
     )
     assert load_recipe(write(tmp_path, text)).recipe.edits == (
-        Ablate(op="ablate", layers=(3,), variant="norm-preserving"),
-        Ablate(op="ablate", layers=(3,), variant="projected", embeddings=True),
-        Ablate(op="ablate", layers=(3,), variant="affine", strength=0.5),
+        Ablate(op="ablate", layers=(3,), variant=("norm-preserving",)),
+        Ablate(op="ablate", layers=(3,), variant=("projected",), embeddings=True),
+        Ablate(op="ablate", layers=(3,), variant=("affine",), strength=0.5),
         Ablate(op="ablate", layers=(3,), kernel=Kernel(peak=4, width=2, edge=0.0)),
+        Ablate(op="ablate", layers=(3,), variant=("projected", "norm-preserving")),
     )
-    assert Ablate(op="ablate", layers=(3,)).variant == "plain"
+    assert Ablate(op="ablate", layers=(3,)).variant == ("plain",)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +293,8 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
          "prompts.protected; name another set (or null)"),
         ("prompts: {lookalike: null}\nfit: {contrast: lookalike}",
          "9:17: fit.contrast: prompts.lookalike is null; name a set there"),
+        ("fit: {refused: refused}",
+         "8:16: fit.refused: prompts.refused is null; name a set there"),
         ("fit: {refused: protected, contrast: protected}",
          "8:37: fit.contrast: fit.refused is protected too; compare it with another class"),
         ("fit: {refused: protected, protect: remove}",
@@ -299,7 +303,8 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
          "8:17: fit.concepts: fit.protect is none; residual is what protects them"),
         ("fit: {estimator: logistics}",
          "8:18: fit.estimator: expected mean-difference, rmd, wrmd, lda, pca, logistic, safesteer, "
-         "category or cosmic, found text 'logistics'; did you mean 'logistic'?"),
+         "category, cosmic, low-rank-mix, som or cone, found text 'logistics'; "
+         "did you mean 'logistic'?"),
         ("fit: {answers: {temperature: 0}}",
          "8:30: fit.answers.temperature: expected more than 0, found 0"),
         ("prompts: {target: 'hub:somebody'}",
@@ -348,8 +353,15 @@ def test_a_mistake_on_line_8(tmp_path: Path, line: str, expected: str) -> None:
          "3:28: edits.0.layers.1: expected a whole number, found text 'x'"),
         ("{op: ablate, layers: -1}", "3:24: edits.0.layers.0: expected at least 0, found -1"),
         ("{op: ablate, layers: 3, variant: projeted}",
-         "3:36: edits.0.variant: expected plain, norm-preserving, projected or affine, "
+         "3:36: edits.0.variant.0: expected plain, norm-preserving, projected or affine, "
          "found text 'projeted'; did you mean 'projected'?"),
+        ("{op: ablate, layers: 3, variant: [affine, projected]}",
+         "3:36: edits.0.variant: projected makes the direction orthogonal to the mean, so affine "
+         "has nothing of it to put back; leave one out"),
+        ("{op: ablate, layers: 3, variant: [plain, affine]}",
+         "3:36: edits.0.variant: plain is without the others; leave it out"),
+        ("{op: ablate, layers: 3, variant: [affine, affine]}",
+         "3:36: edits.0.variant: each may be named once"),
         ("{op: ablate, layers: 3, kernel: 4}",
          "3:35: edits.0.kernel: expected a mapping, found 4"),
         ("{op: ablate, layers: 3, kernel: {peak: 3}}",

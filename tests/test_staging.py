@@ -1,5 +1,6 @@
 """Output appears when it is complete, and never otherwise."""
 
+import errno
 import resource
 from pathlib import Path
 
@@ -42,6 +43,25 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with staged(folder, overwrite=True) as staging:
         (staging / "file").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "out", Path.replace
+    folder.mkdir()
+    (folder / "file").write_text("old")
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.name.startswith(".out.") and target == folder:
+            raise PermissionError(errno.EACCES, "no", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OutputError, match="out: no"), staged(folder, overwrite=True):
+        pass
+    assert (folder / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

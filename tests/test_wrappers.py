@@ -157,7 +157,7 @@ def test_a_row_with_a_wrong_field_fails(layout: str, tmp_path: Path) -> None:
 
 def test_a_gate_in_the_weights_is_the_hooked_gate(case: Path, tmp_path: Path) -> None:
     base, arch = opened(case)
-    recipe = recipe_of({"op": "gate", "layers": [1], "sites": ["attention"], "strength": 4.0})
+    recipe = recipe_of({"op": "gate", "layers": [1], "sites": ["attention"], "strength": 1.0})
     before, hooked = logits(LiveModel.load(case, arch), base, arch, recipe)
     after = baked(base, arch, recipe, tmp_path / "out")
     assert effect_lost(before, hooked, after.logits(BATCH)) < 1e-4

@@ -21,12 +21,11 @@ def carry(
     site: Site,
     choice: str,
     runtimes: Iterable[str],
-    remedy: str = "use op: gate or ablate, or change runtimes",
 ) -> tuple[Carried, str]:
     """The carrier asked for, or under `auto` the most exact one that all runtimes serve.
 
     Also why it was chosen. `in` of a block is `out` of the one before. Raises
-    ArchitectureError with every carrier's reason, and the `remedy`, when none can serve.
+    ArchitectureError with every carrier's reason when none can serve.
     """
     if site == "in" and layer:
         layer, site = layer - 1, "out"
@@ -53,4 +52,6 @@ def carry(
             refusals.append(f"the {name} carrier cannot serve: {error}")
         else:
             return found, "; ".join(refusals) or ("asked for" if choice != "auto" else "exact")
-    raise ArchitectureError(f"{base.folder}: {'; '.join(refusals)}; {remedy}")
+    raise ArchitectureError(
+        f"{base.folder}: {'; '.join(refusals)}; use op: gate or ablate, or change runtimes"
+    )

@@ -38,10 +38,8 @@ def _refusal(one: Written, runtimes: set[str]) -> str:
         return f"{one.branch.norm} comes behind {module} and would rescale a bias"
     if "{expert}" in module:
         return f"{module} has no bias slot"
-    if one.bias:
-        return ""
     if one.writer.bias is None:
-        return f"{module} has no bias slot"
+        return "" if one.bias else f"{module} has no bias slot"
     without = sorted(runtimes - one.writer.bias.runtimes)
     return f"{', '.join(without)} would drop a bias of {module}" if without else ""
 

@@ -5,7 +5,7 @@ Its attention writes zero. Its MLP has for every coordinate i of its input x the
 s x_i² of each pair: act(s x_i) x_i - act(-s x_i) x_i. So all of them together give s |x|².
 
 - Behind a norm with gain 1, |x|² = d, but for the norm's ε: every column of the down
-  projection is v / (s d), over the branch's multiplier.
+  projection is v / (s d), over the multipliers of the gate and of the branch.
 - With a post-norm any positive number in all coordinates becomes 1 in all of them, but for
   ε: the down projection is 1 / s, and the post-norm's gain is v.
 
@@ -14,11 +14,11 @@ half precision or in eight bits. Everything else in the block is zero.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 from typing import Final
 
-from bake.arch import Arch, Block, Branch
+from bake.arch import Arch, Block, Branch, Dense
 from bake.carriers.carried import Carried
 from bake.checkpoint import Checkpoint, TensorInfo
 from bake.edits import CreatedTensor
@@ -48,13 +48,12 @@ def block_carrier(base: Checkpoint, arch: Arch, layer: int, runtimes: Iterable[s
     """The block behind a layer, whose tensors are named and shaped as that layer's are.
 
     Raises ArchitectureError where the row has none, a runtime would not run it as it is, the
-    MLP is too narrow or its activation another, for half precision without a norm, and for FP8.
+    MLP is too narrow or its activation another, and for half precision without a norm. Beside
+    weights in FP8 it is in BF16.
     """
     block = arch.block
     if isinstance(block, str):
         raise ArchitectureError(f"model_type '{arch.model_type}': {block}")
-    if base.beside:
-        raise ArchitectureError("the checkpoint is in FP8, in which bake inserts no block")
     count = arch.layer_count(base.config)
     refusals = block.refusals(count, count + 1)
     for runtime in runtimes:
@@ -63,12 +62,14 @@ def block_carrier(base: Checkpoint, arch: Arch, layer: int, runtimes: Iterable[s
     inserted_config(arch, block, base.config, (layer,))
     _check_activation(arch, block, base)
     tensors = _tensors(base, arch, layer)
+    last = list(tensors.values())[-1].name
+    if block.dense and f"{block.gate}.weight" not in tensors:
+        tensors = _made_dense(tensors, arch, block, block.dense, base)
     (branch,) = (one for one in arch.branches if one.site == "mlp")
     width = arch.width(base.config)
     slope = 2.0 ** round(-log2(width) / 2)
     fills = _fills(block, branch, tensors, width, slope)
     number = Insertion(arch.layer, count).behind(layer)
-    last = list(tensors.values())[-1].name
     created = {}
     for inside, info in tensors.items():
         name, fill = arch.block_module(number, inside), fills.get(inside, _Fill())
@@ -79,7 +80,8 @@ def block_carrier(base: Checkpoint, arch: Arch, layer: int, runtimes: Iterable[s
         carrying, multiplier, neurons = created[f"{branch.norm}.weight"], 1.0, 0
     else:
         carrying = created[f"{branch.writers[0].module}.weight"]
-        multiplier = width * slope * branch.multiplier(arch.numbers(base.config))
+        numbers = arch.numbers(base.config)
+        multiplier = width * slope * block.gate_multiplier(numbers) * branch.multiplier(numbers)
         neurons = carrying.shape[-1]
     return Carried(
         "block",
@@ -108,7 +110,29 @@ def _tensors(base: Checkpoint, arch: Arch, layer: int) -> dict[str, TensorInfo]:
     return found
 
 
+def _made_dense(
+    tensors: Mapping[str, TensorInfo], arch: Arch, block: Block, dense: Dense, base: Checkpoint
+) -> dict[str, TensorInfo]:
+    """The tensors of a block of experts, with a dense MLP in place of these."""
+    (branch,) = (one for one in arch.branches if one.site == "mlp")
+    kept = {
+        name: info for name, info in tensors.items() if not name.startswith(f"{branch.module}.")
+    }
+    width, neurons = arch.width(base.config), completed(arch, base.config)[dense.width]
+    assert isinstance(neurons, int)
+    like = next(info for info in kept.values() if len(info.shape) == 2)
+    for module, shape in (
+        (block.gate, (neurons, width)),
+        (block.up, (neurons, width)),
+        (branch.writers[0].module, (width, neurons)),
+    ):
+        kept[f"{module}.weight"] = replace(like, shape=shape)
+    return kept
+
+
 def _check_activation(arch: Arch, block: Block, base: Checkpoint) -> None:
+    if block.activation is None:
+        return
     name = completed(arch, base.config).get(block.activation)
     if name not in HALVES:
         raise ArchitectureError(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bake.arch import PostNorm
 from bake.checkpoint import Checkpoint
-from bake.errors import ArchitectureError
+from bake.errors import ArchitectureError, FitError
 
 __all__ = ["in_front_of", "read_gain"]
 
@@ -22,8 +22,9 @@ def read_gain(base: Checkpoint, norm: PostNorm) -> Tensor:
 def in_front_of(vector: Tensor, base: Checkpoint, norm: PostNorm) -> Tensor:
     """u = v / g [d]: what must join y / rms(y) so that v joins g ⊙ y / rms(y).
 
-    Raises ArchitectureError for a gain with an entry at or near zero, behind which no
-    write arrives.
+    What the norm writes is as long as g, whatever it reads, so a vector must be shorter in
+    units of g: rms(u) < 1. Raises FitError where it is not, and ArchitectureError for a gain
+    with an entry at or near zero, behind which no write arrives.
     """
     gain = read_gain(base, norm)
     closed = torch.nonzero(gain.abs() <= CLOSED * gain.square().mean().sqrt()).flatten()
@@ -33,4 +34,11 @@ def in_front_of(vector: Tensor, base: Checkpoint, norm: PostNorm) -> Tensor:
             + (f", nor of {len(closed) - 1} more" if len(closed) > 1 else "")
             + ", so no vector can be written in front of it; use op: ablate, or another layer"
         )
-    return vector / gain
+    written = vector / gain
+    size = float(written.square().mean().sqrt())
+    if not size < 1:
+        raise FitError(
+            f"{norm.weight}: what this norm writes has a fixed length, and the vector is "
+            f"{size:.1f} times as long; lower the strength, or take another layer or carrier"
+        )
+    return written

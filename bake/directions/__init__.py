@@ -1,4 +1,4 @@
-"""Directions, one to a layer, and the files that hold them, one format a file.
+"""Directions, one or several to a layer, and the files that hold them, one format a file.
 
 `load_directions` reads every format (safetensors, llama.cpp's control vector, .npy, .pt) by
 what the file's first bytes say; `save_directions` writes the first two. docs/directions.md

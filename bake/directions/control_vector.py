@@ -60,8 +60,16 @@ def read_control_vector(path: Path) -> Directions:
 def write_control_vector(directions: Directions, path: Path) -> None:
     """Write a file for `llama-cli --control-vector` and repeng; the origin is under `bake.`.
 
-    Raises DirectionsError for a direction of block 0, for which llama.cpp has no slot.
+    Raises DirectionsError for a direction of block 0, for which llama.cpp has no slot, and
+    for several of one block.
     """
+    if directions.several:
+        layer = directions.several[0]
+        raise DirectionsError(
+            f"{key_of(layer)} has {len(directions.basis(layer))} vectors, and a control vector has "
+            "one a layer; write .safetensors instead, or take the first with `bake directions "
+            "--first`"
+        )
     if 0 in directions.vectors:
         raise DirectionsError(
             "llama.cpp cannot steer the output of block 0, and there is a direction.0; "

@@ -1,6 +1,7 @@
 """bake's own file of directions: safetensors, so nothing in it can run.
 
-The tensors are `direction.{layer}`, F32 [width]. `__metadata__` has text under `format`
+The tensors are `direction.{layer}`, F32 [width], or [k, width] where a layer has k
+directions. `__metadata__` has text under `format`
 (`bake.directions`), `version` (`1`), `bake` (the version that wrote it), `width`, `layers`
 (`15,16`), `model`, `estimator`, `site` and `source`, and where figures are known `figures`,
 a JSON object by layer. A file without that `format` is read too, by its tensors alone.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from bake import __version__
 from bake.checkpoint import EDITABLE, read_shard, read_tensor
-from bake.directions.value import Directions, Origin, check_vector, key_of, layer_of, shown
+from bake.directions.value import Directions, Origin, check_basis, key_of, layer_of, shown
 from bake.errors import CheckpointError, DirectionsError
 
 __all__ = ["read_native", "write_native"]
@@ -27,7 +28,7 @@ def read_native(path: Path) -> Directions:
         shard = read_shard(path)
         placed = {}
         for info in shard.tensors:
-            check_vector(shown(info.name), info.shape)
+            check_basis(shown(info.name), info.shape)
             if info.dtype not in EDITABLE:
                 raise DirectionsError(
                     f"{shown(info.name)} is of type {info.dtype}; save it as float32"
@@ -62,10 +63,10 @@ def write_native(directions: Directions, path: Path) -> None:
             **_written_figures(directions),
         }
     }
-    size = 4 * directions.width
-    for place, layer in enumerate(directions.layers):
-        offsets = [place * size, (place + 1) * size]
-        entry = {"dtype": "F32", "shape": [directions.width], "data_offsets": offsets}
+    end = 0
+    for layer, vector in directions.vectors.items():
+        start, end = end, end + 4 * vector.numel()
+        entry = {"dtype": "F32", "shape": list(vector.shape), "data_offsets": [start, end]}
         header[key_of(layer)] = entry
     # safetensors' own writer orders the metadata at random; the padding is the format's.
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""The value: a direction behind each of some blocks, and where it comes from."""
+"""The value: one direction or several behind each of some blocks, and where they come from."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bake.errors import DirectionsError
-from bake.recipe_values import HIGHEST_LAYER
+from bake.recipe_values import HIGHEST_BASIS, HIGHEST_LAYER
 
 __all__ = [
     "FIGURES",
@@ -18,6 +18,7 @@ __all__ = [
     "Directions",
     "Origin",
     "Unplaced",
+    "check_basis",
     "check_vector",
     "in_words",
     "key_of",
@@ -38,6 +39,8 @@ FIGURES: Mapping[str, str] = MappingProxyType(
 )
 """What is known of how good an estimate is, in the order in which it is shown."""
 DIGITS = 6
+# Of the smallest singular value of rows of length 1: below it, float32 cannot tell their span.
+DEPENDENT = 1e-4
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -80,15 +83,19 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """By layer a vector [d], float32, in the stream behind that block, counted from 0.
+    """By layer a vector [d], or several [k, d], float32, behind that block, counted from 0.
 
     The vectors are not of length 1: each is as long as the gap between the two classes
-    that it separates, so that a strength counts in gaps. `figures` by layer say how good an
-    estimate it is, by the names of FIGURES. Raises DirectionsError where a vector is not
-    finite, zero, or of another width.
+    that it separates, so that a strength counts in gaps; several of one layer are all as long
+    as the gap within their span. They must be linearly independent, and need not be orthogonal.
+    `figures` by layer say how good an estimate it is, by the names of FIGURES. Raises
+    DirectionsError where a vector is not finite, zero, or of another width, or lies in the
+    span of its layer's others.
 
     >>> Directions({3: torch.ones(4)}).width
     4
+    >>> Directions({3: torch.eye(4)[:2]}).basis(3).shape
+    torch.Size([2, 4])
     """
 
     vectors: Mapping[int, Tensor]
@@ -104,10 +111,10 @@ class Directions:
         }
         first = next(iter(found))
         for layer, vector in found.items():
-            if len(vector) != len(found[first]):
+            if vector.shape[-1] != found[first].shape[-1]:
                 raise DirectionsError(
-                    f"{key_of(layer)} has width {len(vector)} and {key_of(first)} "
-                    f"{len(found[first])}; all must be of one model's stream"
+                    f"{key_of(layer)} has width {vector.shape[-1]} and {key_of(first)} "
+                    f"{found[first].shape[-1]}; all must be of one model's stream"
                 )
         object.__setattr__(self, "vectors", MappingProxyType(found))
         kept = {
@@ -125,11 +132,30 @@ class Directions:
     @property
     def width(self) -> int:
         """The width d of the stream."""
-        return len(next(iter(self.vectors.values())))
+        return next(iter(self.vectors.values())).shape[-1]
+
+    @property
+    def several(self) -> tuple[int, ...]:
+        """The layers that have more than one direction."""
+        return tuple(layer for layer, vector in self.vectors.items() if vector.ndim > 1)
+
+    def basis(self, layer: int) -> Tensor:
+        """The directions [k, d] of a layer."""
+        vector = self.vectors[layer]
+        return vector if vector.ndim > 1 else vector[None]
 
     def at(self, layers: Iterable[int]) -> "Directions":
         """Those of some layers."""
         return replace(self, vectors={layer: self.vectors[layer] for layer in layers})
+
+    def first(self) -> "Directions":
+        """The first direction of every layer; figures are of all of them, and so left out."""
+        figures = {
+            layer: found for layer, found in self.figures.items() if layer not in self.several
+        }
+        return Directions(
+            {layer: self.basis(layer)[0] for layer in self.layers}, self.origin, figures
+        )
 
     def table(self) -> str:
         """Origin, width, the length of every vector, and its figures, as plain text."""
@@ -145,6 +171,7 @@ class Unplaced:
     origin: Origin = Origin()
 
     def __post_init__(self) -> None:
+        check_vector("the vector", self.vector.shape)
         object.__setattr__(self, "vector", _float("the vector", self.vector))
 
     def at(self, layer: int) -> Directions:
@@ -192,6 +219,18 @@ def check_vector(what: str, shape: Sequence[int]) -> None:
         )
 
 
+def check_basis(what: str, shape: Sequence[int]) -> None:
+    """Refuse a shape that is neither that of one vector nor that of several."""
+    if len(shape) == 2:
+        if not 1 <= shape[0] <= min(HIGHEST_BASIS, shape[1]):
+            raise DirectionsError(
+                f"{what} has shape {shown(list(shape))}; expected one vector [width], or several "
+                f"[k, width] with k up to {HIGHEST_BASIS} and the width"
+            )
+        shape = shape[1:]
+    check_vector(what, shape)
+
+
 def shown(value: object) -> str:
     """A stranger's value in an error message: on one line, printable, and short."""
     if not isinstance(value, str | int | float | list | None):
@@ -215,17 +254,26 @@ def in_words(layers: Iterable[int]) -> str:
 
 
 def _float(what: str, vector: Tensor) -> Tensor:
-    """The vector in float32, detached from what it came from; refuses what is no direction."""
-    check_vector(what, vector.shape)
+    """The vectors in float32, detached from what they came from; refuses what is no direction.
+
+    A basis of one vector is that vector.
+    """
+    check_basis(what, vector.shape)
     if vector.dtype not in FLOATS:
         kind = str(vector.dtype).removeprefix("torch.")
         raise DirectionsError(f"{what} is of type {kind}; save it as float32")
     found = vector.detach().to(torch.float32, copy=True).contiguous()
     if not torch.isfinite(found).all():
         raise DirectionsError(f"{what} is not finite (NaN or infinity); measure it again")
-    if not found.count_nonzero():
+    rows = found.double().reshape(-1, found.shape[-1])
+    lengths = rows.norm(dim=1, keepdim=True)
+    if not lengths.all():
         raise DirectionsError(f"{what} is all zeros, which is no direction; leave it out")
-    return found
+    if torch.linalg.svdvals(rows / lengths)[-1] < DEPENDENT:
+        raise DirectionsError(
+            f"{what}: of its {len(rows)} vectors one lies in the span of the others; leave it out"
+        )
+    return found if len(rows) > 1 else found.flatten()
 
 
 def _table(
@@ -238,11 +286,17 @@ def _table(
     lines = [f"{name:<10} {text}" for name, text in facts.items() if text]
     by_row = {str(layer): found for layer, found in (figures or {}).items()}
     names = [name for name in FIGURES if any(name in found for found in by_row.values())]
-    cells = [["layer", "norm", *names]]
-    for name, vector in rows:
+    # Of several directions of a layer: how near each is to the first.
+    cosine = ["cosine"] if any(vector.ndim > 1 for _, vector in rows) else []
+    cells = [["layer", "norm", *cosine, *names]]
+    for name, several in rows:
         found = by_row.get(name, {})
-        written = (f"{found[figure]:.3f}" if figure in found else "" for figure in names)
-        cells.append([name, f"{float(vector.float().norm()):.6g}", *written])
+        written = [f"{found[figure]:.3f}" if figure in found else "" for figure in names]
+        first, *others = several.reshape(-1, width)
+        cells.append([name, f"{float(first.norm()):.6g}", *("" for _ in cosine), *written])
+        for vector in others:
+            near = f"{float(torch.cosine_similarity(vector, first, dim=0)):.3f}"
+            cells.append([name, f"{float(vector.norm()):.6g}", near])
     return "\n".join(
         [*lines, "", *(" ".join(f"{cell:<10}" for cell in row).rstrip() for row in cells)]
     )

@@ -29,7 +29,8 @@ __all__ = [
     "permuted_rows",
 ]
 
-WINDOWS = "attention.sliding_window_pattern"
+# Keys of config.json that count layers, which a GGUF has under another name.
+LEADING = {"first_k_dense_replace": "leading_dense_block_count"}
 
 
 def patch_gguf(
@@ -50,7 +51,7 @@ def patch_gguf(
     `inputs`. Raises as `patch` and `compare` do.
     """
     moved = gguf_edits(edits, arch, config)
-    created = gguf_created(plan, arch, base, moved, edited_type)
+    created = gguf_created(plan, arch, config, base, moved, edited_type)
     new = {tensor.name for tensor in created}
     renamed = plan.insertion.of_gguf().renamed([*base.tensors, *new])
     pairs = gguf_pairs(plan, arch, base)
@@ -109,18 +110,26 @@ def gguf_edit(edit: Edit, arch: Arch, config: Mapping[str, object]) -> Edit:
         case LowRank() if turned:
             return LowRank(name, factor * edit.right.T, edit.left.T)
         case LowRank():
-            return replace(edit, tensor=name, left=factor * edit.left)
+            right = tiled_columns(edit.right, arch.tiled_heads(edit.tensor, config))
+            return LowRank(name, factor * edit.left, right)
     raise ArchitectureError(f"{edit.tensor}: this edit has no form for a GGUF")
 
 
 def gguf_created(
-    plan: Plan, arch: Arch, base: GGUFFile, edited: Mapping[str, object], kind: EditedType
+    plan: Plan,
+    arch: Arch,
+    config: Mapping[str, object],
+    base: GGUFFile,
+    edited: Mapping[str, object],
+    kind: EditedType,
 ) -> tuple[CreatedTensor, ...]:
     """The tensors to create in a GGUF: the biases that are `edited` there, and whole new blocks.
 
     llama.cpp takes a bias in one layer alone, so no zero siblings are needed. A new block is
     in F16, which its numbers are made for, or in F32 where `kind` is that or the squares of
-    an unscaled stream could overflow; vectors are F32.
+    an unscaled stream could overflow; vectors are F32. What is zero there has the shape, and
+    if it is F32 the type, that the file has for the block before, whose converter may have
+    turned it.
     """
     found = []
     insertion = plan.insertion.of_gguf()
@@ -132,9 +141,23 @@ def gguf_created(
         if name not in edited and original not in base.tensors:
             continue
         beside = _last(base, original) if original else arch.gguf_name(tensor.beside)
-        dtype = matrix if len(tensor.shape) > 1 else "F32"
-        value = tensor.value + arch.gguf_gain(tensor.name)
-        found.append(replace(tensor, name=name, beside=beside, dtype=dtype, value=value))
+        shape, dtype = tensor.shape, matrix if len(tensor.shape) > 1 else "F32"
+        if original and not (tensor.value or tensor.diagonals):
+            shape = base.tensors[original].shape
+            if base.tensors[original].type is F32:
+                dtype = "F32"
+        factor = arch.gguf_factor(tensor.name, config)
+        found.append(
+            replace(
+                *(tensor,),
+                name=name,
+                shape=shape,
+                beside=beside,
+                dtype=dtype,
+                value=factor * tensor.value + arch.gguf_gain(tensor.name),
+                diagonals=tuple((row, factor * number) for row, number in tensor.diagonals),
+            )
+        )
     return tuple(found)
 
 
@@ -160,14 +183,32 @@ def gguf_pairs(plan: Plan, arch: Arch, base: GGUFFile) -> dict[str, bytes]:
     count = plan.layers + len(insertion.after)
     key = f"{start}block_count"
     pairs[key] = packed_pair(key, GGUFValueType.UINT32, count)
-    if isinstance(arch.block, Block) and arch.block.windows:
+    assert isinstance(arch.block, Block)
+    for name in arch.block.leading:
+        key = f"{start}{LEADING.get(name)}"
+        if key in base.metadata:
+            pairs[key] = packed_pair(key, GGUFValueType.UINT32, plan.config[arch.switch(name)])
+    if arch.block.listed:
+        key, listed = arch.block.listed
         kinds = plan.config[arch.switch("layer_types")]
         assert isinstance(kinds, list)
-        key = f"{start}{WINDOWS}"
-        pairs[key] = packed_pair(
-            key, GGUFValueType.BOOL, [kind == "sliding_attention" for kind in kinds]
-        )
+        key = f"{start}{key}"
+        pairs[key] = packed_pair(key, GGUFValueType.BOOL, [kind == listed for kind in kinds])
     return pairs
+
+
+def tiled_columns(rows: Tensor, heads: tuple[int, int] | None) -> Tensor:
+    """Columns of [n, value heads · width] in the order that llama.cpp's linear attention has.
+
+    `heads` counts key heads and value heads. On disk the value heads of a key head lie
+    together, in a GGUF the first of every key head does. Source: llama.cpp
+    conversion/qwen.py, `_reorder_v_heads`.
+    """
+    if heads is None:
+        return rows
+    keys, values = heads
+    split = rows.reshape(*rows.shape[:-1], keys, values // keys, -1)
+    return split.transpose(-3, -2).reshape(rows.shape)
 
 
 def permuted_rows(rows: Tensor, heads: int) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Tap, collect
+from bake.fit.span import frame, rows_of
 from bake.hooks import on_output
-from bake.model import LiveModel, batches
+from bake.journal import hashed
+from bake.model import Batch, LiveModel, batches
 
 __all__ = ["CosmicScores", "cosmic_score", "least_alike", "shifted"]
 
@@ -60,31 +62,46 @@ class CosmicScores:
         self.layers = least_alike(clean[0], clean[1])
         self._clean = (clean[0][self.layers], clean[1][self.layers])
 
-    def score(self, layer: int, vector: Tensor) -> float:
-        """The score of a direction behind a block; `vector` [d] is as long as the class gap."""
-        with shifted(self._model, self._count, remove=vector):
-            removed = self._means(self._refused, self.layers)
+    def score(self, layer: int, vector: Tensor, basis: Tensor | None = None) -> float:
+        """The score of a direction behind a block; `vector` [d] is as long as the class gap.
+
+        Of several directions it is their span, `basis` [k, d], that is taken out.
+        """
+        span = vector if basis is None else basis
+        with shifted(self._model, self._count, remove=span):
+            removed = self._means(self._refused, self.layers, f"without {_digest(span)}")
+        drawn = _digest(vector)
         with shifted(self._model, self._count, add={layer: vector}):
-            induced = self._means(self._answered, self.layers)
+            induced = self._means(self._answered, self.layers, f"with {drawn} behind {layer}")
         return cosmic_score(removed, induced, *self._clean)
 
     def divergence(self, vector: Tensor) -> float:
         """KL(clean ‖ without the direction) at the last token of the answered prompts."""
-        total = 0.0
         padding = self._model.tokenizer.pad_token_id
-        for batch in batches([one.ids for one in self._answered], padding, 8):
+
+        def moved(batch: Batch) -> dict[str, Tensor]:
             before = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
             with shifted(self._model, self._count, remove=vector):
                 after = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
-            total += float((before.exp() * (before - after)).sum())
-        return total / len(self._answered)
+            return {"divergence": (before.exp() * (before - after)).sum()}
 
-    def _means(self, conversations: Sequence[Conversation], layers: Iterable[int]) -> Tensor:
+        key = ["divergence", _digest(vector)]
+        padded = batches([one.ids for one in self._answered], padding, 8)
+        parts = [
+            found["divergence"].double()
+            for _, found in self._model.work.results(padded, moved, lambda _: key)
+        ]
+        (total,) = self._model.work.summed([sum(parts, torch.zeros((), dtype=torch.float64))])
+        return float(total) / len(self._answered)
+
+    def _means(
+        self, conversations: Sequence[Conversation], layers: Iterable[int], state: str = "bare"
+    ) -> Tensor:
         """Mean states [layers, d] behind blocks at the last prompt token."""
         taps: dict[Any, Tap] = {
             layer: Tap(self._model.block(layer), "output", "last") for layer in layers
         }
-        found = collect(self._model, conversations, taps)
+        found = collect(self._model, conversations, taps, state=state)
         return torch.stack([found[layer].mean for layer in taps])
 
 
@@ -97,16 +114,18 @@ def shifted(
 ) -> ExitStack:
     """The model of `layers` blocks with a direction [d] taken out of its stream, or added to it.
 
-    Taken out is what enters the first block and what leaves every block: what a block's
+    What is taken out may be the span of several [k, d], or for each row of a batch a span of its
+    own [batch, k, d], and what is added a vector of its own [batch, 1, d]. Gradients pass to
+    both. Taken out is what enters the first block and what leaves every block: what a block's
     attention writes along the direction its own MLP still sees.
     """
     stack = ExitStack()
     blocks = [model.block(layer) for layer in range(layers)]
     if remove is not None:
-        unit = (remove / remove.norm()).to(model.model.dtype)
+        rows = frame(rows_of(remove).float()).to(model.model.dtype)
 
         def without(state: Tensor, _: object) -> Tensor:
-            along: Tensor = (state @ unit)[..., None] * unit
+            along: Tensor = (state @ rows.mT) @ rows
             return state - along
 
         def before(_: object, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -120,6 +139,11 @@ def shifted(
         handle = on_output(blocks[layer], lambda state, _, moved=moved: state + moved)
         stack.callback(handle.remove)
     return stack
+
+
+def _digest(vector: Tensor) -> str:
+    """What tells a vector from every other, in the journal."""
+    return hashed(vector.tolist())
 
 
 def _shortened(conversations: Sequence[Conversation]) -> list[Conversation]:

@@ -1,4 +1,4 @@
-"""From the activations of every role to a direction a layer, protected, with its figures."""
+"""From the activations of every role to the directions of a layer, protected, with figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from bake.fit.estimators import ESTIMATORS
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed, held_out
+from bake.fit.span import independent, rows_of, within
 from bake.fit.spread import bootstrap_cosine
 from bake.recipe import Fit, Recipe
 
@@ -32,7 +33,7 @@ DEPTH, DIVERGENCE = 0.8, 0.1
 def roles_of_direction(choice: Fit) -> set[str]:
     """The roles whose behaviour makes the direction."""
     roles: set[str] = {choice.refused, choice.contrast}
-    if choice.protect in ("remove", "residual"):
+    if choice.protect in ("remove", "residual") or choice.estimator == "low-rank-mix":
         roles.add("protected")
     return roles
 
@@ -49,16 +50,25 @@ def estimated(
     concepts: Activations,
     layers: Sequence[int],
     cosmic: CosmicScores | None = None,
+    learn: Callable[[int], Tensor] | None = None,
 ) -> Directions:
     """The direction behind every layer, as long as the gap between the two classes along it.
 
     A strength of 1 therefore moves the answered class's mean to the refused one's, measured
-    along the direction. Each comes with its figures: `spread`, `auc`, `r`, and given `cosmic`
-    its score. Raises FitError where the data determine no direction.
+    along the direction; several of a layer are each as long as the gap within their span.
+    `learn` gives the directions of a layer where that takes the live model. Each comes with
+    its figures: `spread`, `auc`, `r`, and given `cosmic` its score. What is learned has the
+    last alone, as the others would learn it anew for every resample. Raises FitError where the
+    data determine no direction.
     """
     refused, answered = found[recipe.fit.refused], found[recipe.fit.contrast]
     estimates = {
-        layer: partial(_direction, recipe.fit, _protection(recipe.fit, found, concepts, layer))
+        layer: partial(
+            _directions,
+            partial(learn, layer) if learn else None,
+            recipe.fit,
+            _protection(recipe.fit, found, concepts, layer),
+        )
         for layer in refused
     }
     samples = {layer: (refused[layer].samples, answered[layer].samples) for layer in refused}
@@ -70,27 +80,58 @@ def estimated(
         assert cosmic is not None
         chosen = _chosen_by_cosmic(recipe.fit, estimates, samples, cosmic)
         units = dict.fromkeys(layers, chosen.direction)
-    vectors, figures = {}, {}
+    vectors: dict[int, Tensor] = {}
+    figures: dict[int, dict[str, float]] = {}
     for layer in layers:
         first, second = samples[layer]
-        vectors[layer] = (units[layer] @ (first.mean - second.mean)) * units[layer]
+        gap = _gap_within(units[layer], first, second)
+        several = units[layer].ndim > 1
+        # What is learned or has several keeps its side; one estimate is on that of the refused.
+        vectors[layer] = gap.norm() * units[layer] if several or learn else gap
+        figures[layer] = {}
         # The figures are of the estimate, where it was made.
         source = chosen.layer if chosen else layer
-        figures[layer] = held_out(estimates[source], refused[source], answered[source])
-        if recipe.fit.bootstrap:
+        if not learn:
+            reading = partial(_reading, estimates[source])
+            figures[layer] |= held_out(reading, refused[source], answered[source])
+        if recipe.fit.bootstrap and not learn:
             figures[layer]["spread"] = bootstrap_cosine(
-                estimates[source], *samples[source], recipe.fit.bootstrap, recipe.seed
+                *(estimates[source], refused[source].kept, answered[source].kept),
+                *(recipe.fit.bootstrap, recipe.seed),
             )
         if cosmic:
-            figures[layer]["cosmic"] = cosmic.score(layer, vectors[layer].float())
+            basis = vectors[layer].float() if several else None
+            moved = gap if several else vectors[layer]
+            figures[layer]["cosmic"] = cosmic.score(layer, moved.float(), basis)
     return Directions(vectors, _origin(recipe), figures)
 
 
-def _direction(choice: Fit, protect: Protect, refused: Samples, answered: Samples) -> Tensor:
-    """The protected direction [d] of length 1; of length 0 where nothing is left."""
-    direction = protect(ESTIMATORS[choice.estimator](refused, answered, choice), answered)
-    length = direction.norm()
-    return direction / length if length > NOTHING_LEFT else torch.zeros_like(direction)
+def _directions(
+    learned: Callable[[], Tensor] | None,
+    choice: Fit,
+    protect: Protect,
+    refused: Samples,
+    answered: Samples,
+) -> Tensor:
+    """The protected direction [d] of length 1, or several [k, d]; zeros where nothing is left."""
+    found = learned() if learned else ESTIMATORS[choice.estimator](refused, answered, choice)
+    rows = torch.stack([protect(one, answered) for one in rows_of(found)])
+    lengths = rows.norm(dim=1, keepdim=True)
+    kept = independent((rows / lengths)[lengths[:, 0] > NOTHING_LEFT])
+    if not len(kept):
+        return torch.zeros_like(rows[0])
+    return kept if len(kept) > 1 else kept[0]
+
+
+def _gap_within(directions: Tensor, refused: Samples, answered: Samples) -> Tensor:
+    """The part [d] of the gap between the classes that lies along a direction, or in a span."""
+    return within(directions, refused.mean - answered.mean)
+
+
+def _reading(estimate: Estimate, refused: Samples, answered: Samples) -> Tensor:
+    """What a prompt is projected on to be read: of several directions the gap within their span."""
+    found = estimate(refused, answered)
+    return found if found.ndim == 1 else _gap_within(found, refused, answered)
 
 
 def _checked(
@@ -117,7 +158,7 @@ def _protection(choice: Fit, found: Activations, concepts: Activations, layer: i
     if choice.protect == "none":
         return lambda direction, _: direction
     if choice.protect == "null-space":
-        kept = [found[role][layer].values for role in ("protected", "general")]
+        kept = [found[role][layer].everything for role in ("protected", "general")]
         axes = busiest(torch.cat(kept).to(torch.float64), choice.protect_share)
         return lambda direction, _: in_null_space(direction, axes)
     protected = found["protected"][layer].samples.mean
@@ -125,7 +166,7 @@ def _protection(choice: Fit, found: Activations, concepts: Activations, layer: i
         return lambda direction, answered: without(
             direction, protected - answered.mean, choice.protect_strength
         )
-    means = [protected, *(by_layer[layer].samples.mean for by_layer in concepts.values())]
+    means = [protected, *(concepts[name][layer].samples.mean for name in choice.concepts)]
     return lambda direction, answered: without_concepts(
         direction, torch.stack([mean - answered.mean for mean in means], 1), choice.protect_ridge
     )

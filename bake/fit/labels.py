@@ -69,7 +69,8 @@ def labelled(
         for prompt, start, several in zip(prompts, starts, answers, strict=True)
         for one in several
     ]
-    verdicts = iter(judge.judge(exchanges))
+    # One process asks: the others' questions would be the same.
+    verdicts = iter(model.work.by_main(lambda: judge.judge(exchanges)))
     found = []
     for prompt, start, several in zip(prompts, starts, answers, strict=True):
         said = tuple(next(verdicts) for _ in several)
@@ -104,7 +105,7 @@ def _answers(
     progress: Callable[[int], None],
 ) -> Sequence[Sequence[Sampled]]:
     if choice.samples == 1:
-        greedy = model.answer(starts, tokens, progress=progress)
+        greedy = model.answer(starts, tokens, progress=progress, remember=True)
         return [[Sampled(tuple(ids), ())] for ids in greedy]
     return sampled_answers(
         model,

@@ -5,11 +5,10 @@ that needs a direction, Gram matrices of the gated writers' inputs at the tokens
 where a gate decides.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
@@ -17,11 +16,11 @@ from bake.checkpoint import Checkpoint
 from bake.directions import Directions
 from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
-from bake.fit.cosmic import CosmicScores
-from bake.fit.estimate import estimated, roles_of_direction
+from bake.fit.estimate import roles_of_direction, roles_shown
+from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.readout import ReadoutClass, ridge_readout
-from bake.fit.scores import Observed
+from bake.fit.stream import stream_taps
 from bake.fit.wrmd import confidence_weight
 from bake.hooks import Intervention
 from bake.judge import Judge
@@ -70,7 +69,7 @@ def fit(
     `directions` stand in for estimated ones: then no class has to behave in any way, and
     where `needs_prompts` says so no prompt is shown to the model at all. `progress`
     receives the number of prompts done since the last call; each prompt is done twice,
-    answered and measured, each text and each of the `concepts` that are protected once.
+    answered and measured, each text and each prompt of the sets in `concepts` once.
     Raises FitError when a class has too few prompts that behave as the direction needs them.
     """
     labels: dict[str, list[Labelled]] = {}
@@ -83,12 +82,13 @@ def fit(
     layers = direction_layers(recipe)
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
-    taps = _taps(model, plan, recipe, seen)
-    moments = {
-        role: collect(model, found, taps, progress=progress)
-        for role, found in conversations.items()
-        if taps
-    }
+    probes = _probes(model, plan, recipe)
+    moments: dict[str, dict[Any, Moments]] = {}
+    for role, found in conversations.items():
+        if taps := probes | _stream(model, base, recipe, seen, role, found):
+            moments[role] = collect(model, found, taps, progress=progress)
+        else:
+            progress(len(found))
     openings: dict[str, dict[str, float]] = {}
 
     def probe(module: str, ridge: float) -> Tensor:
@@ -100,10 +100,9 @@ def fit(
 
     means: dict[int, Tensor] = {}
     if directions is None:
-        directions = _estimated(
-            *(model, recipe, labels, conversations, moments, layers, seen, depth),
-            *(concepts or {}, progress),
-        )
+        sets = bare(model, concepts or {}, seen, progress)
+        evidence = Evidence(model, depth, labels, conversations, moments, sets)
+        directions = directions_of(recipe, evidence, layers)
         means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
     used = directions.at(layers)
     measured = Measured(used.vectors, probe, base, means)
@@ -138,16 +137,13 @@ def fit_directions(
     conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth)
-    taps = _stream(model, seen)
-    moments = {
-        role: collect(model, found, taps, progress=progress)
-        for role, found in conversations.items()
-    }
-    directions = _estimated(
-        *(model, recipe, labels, conversations, moments, layers, seen, depth),
-        *(concepts, progress),
-        scored=True,
-    )
+    moments = {}
+    for role, found in conversations.items():
+        taps = _stream(model, base, recipe, seen, role, found)
+        moments[role] = collect(model, found, taps, progress=progress, state="bare")
+    sets = bare(model, concepts, seen, progress)
+    evidence = Evidence(model, depth, labels, conversations, moments, sets)
+    directions = directions_of(recipe, evidence, layers, scored=True)
     return directions, {role: recorded(one) for role, one in labels.items()}
 
 
@@ -199,7 +195,7 @@ def _labels(
 
 def _wanted(recipe: Recipe, role: str) -> int:
     """The behaviour that makes a prompt one of its class: 1 refused, -1 answered."""
-    return 1 if role in (recipe.fit.refused, "protected") else -1
+    return 1 if role in (recipe.fit.refused, "protected", "refused") else -1
 
 
 def _conversations(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> list[Conversation]:
@@ -228,12 +224,12 @@ def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
     return found
 
 
-def _taps(model: LiveModel, plan: Plan, recipe: Recipe, layers: Iterable[int]) -> dict[Any, Tap]:
-    """What to measure: the stream behind `layers`, and the inputs that probes read.
+def _probes(model: LiveModel, plan: Plan, recipe: Recipe) -> dict[Any, Tap]:
+    """The inputs that probes read.
 
     In front of a post-norm a probe reads in units of what the norm divides by.
     """
-    taps = _stream(model, layers)
+    taps: dict[Any, Tap] = {}
     norms = {
         one.module: model.arch.post_norm(one.layer, one.branch)
         for written in model.arch.written(edit.tensor for edit in plan.edits).values()
@@ -246,59 +242,24 @@ def _taps(model: LiveModel, plan: Plan, recipe: Recipe, layers: Iterable[int]) -
     return taps
 
 
-def _stream(model: LiveModel, layers: Iterable[int]) -> dict[Any, Tap]:
-    return {layer: Tap(model.block(layer), "output", "last", "samples") for layer in layers}
+def _stream(
+    model: LiveModel,
+    base: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    role: str,
+    conversations: Sequence[Conversation],
+) -> dict[Any, Tap]:
+    """The stream behind `layers`, where the direction is made of the role."""
+    if role not in roles_shown(recipe.fit):
+        return {}
+    width = model.arch.width(base.config)
+    return stream_taps(model, layers, recipe.fit, role, conversations, width)
 
 
 def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[int]:
     """The layers whose stream is read: all of them where COSMIC chooses one."""
     return range(depth) if recipe.fit.estimator == "cosmic" else layers
-
-
-def _estimated(
-    model: LiveModel,
-    recipe: Recipe,
-    labels: Mapping[str, Sequence[Labelled]],
-    conversations: Mapping[str, Sequence[Conversation]],
-    moments: Mapping[str, Mapping[Any, Moments]],
-    layers: Sequence[int],
-    seen: Sequence[int],
-    depth: int,
-    concepts: Mapping[str, Sequence[Prompt]],
-    progress: Callable[[int], None],
-    scored: bool = False,
-) -> Directions:
-    """The directions of some layers, from what every role's prompts left behind `seen` ones."""
-    observed = {
-        role: {layer: _observed(moments[role][layer], conversations[role], found) for layer in seen}
-        for role, found in labels.items()
-    }
-    shields = {}
-    for name, prompts in concepts.items():
-        bare = [_prompt_alone(model.render(prompt.text)) for prompt in prompts]
-        measured = collect(model, bare, _stream(model, seen), progress=progress)
-        topics = tuple(prompt.topic for prompt in prompts)
-        one = torch.ones(len(bare), dtype=torch.float64)
-        shields[name] = {
-            layer: Observed(measured[layer].values, one, one, topics) for layer in seen
-        }
-    cosmic = None
-    if scored or recipe.fit.estimator == "cosmic":
-        refused, answered = conversations[recipe.fit.refused], conversations[recipe.fit.contrast]
-        cosmic = CosmicScores(model, refused, answered, depth)
-    return estimated(recipe, observed, shields, layers, cosmic)
-
-
-def _observed(
-    moments: Moments, conversations: Sequence[Conversation], labels: Sequence[Labelled]
-) -> Observed:
-    weights = torch.tensor([one.weight for one in conversations], dtype=torch.float64)
-    confidences = torch.tensor([one.confidence for one in labels], dtype=torch.float64)
-    return Observed(moments.values, weights, confidences, tuple(one.prompt.topic for one in labels))
-
-
-def _prompt_alone(ids: Sequence[int]) -> Conversation:
-    return Conversation(tuple(ids), len(ids) - 1, ())
 
 
 def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, ridge: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bake.errors import FitError
 
-__all__ = ["Samples", "unit"]
+__all__ = ["Samples", "factor", "unit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,20 @@ class Samples:
         chosen = tuple(topic for topic, keep in pairs if keep)
         return cls(values[kept].to(torch.float64), shares / shares.sum(), chosen)
 
+    @classmethod
+    def standing_for(cls, mean: Tensor, covariance: Tensor | None = None) -> "Samples":
+        """Samples with this mean [d] and covariance [d, d], or with no spread where none is given.
+
+        An estimator that asks for no more cannot tell them from the class itself.
+        """
+        spread = mean.new_zeros(0, len(mean)) if covariance is None else factor(covariance)
+        if not len(spread):
+            return cls(mean[None], mean.new_ones(1), ())
+        reach = spread * len(spread) ** 0.5
+        count = 2 * len(spread)
+        weights = mean.new_full((count,), 1 / count)
+        return cls(torch.cat([mean + reach, mean - reach]), weights, ())
+
     @property
     def groups(self) -> tuple[str, ...]:
         """The topics, or where nobody says them the samples' own numbers."""
@@ -65,6 +79,15 @@ class Samples:
     def reweighted(self, factors: Tensor) -> "Samples":
         """The same samples with their weights times factors [n] from 0 up."""
         return Samples.of(self.values, self.weights * factors, self.topics)
+
+
+def factor(square: Tensor) -> Tensor:
+    """Rows R [r, d] with RᵀR = `square` [d, d], which is symmetric and has no negative axis."""
+    sizes, axes = torch.linalg.eigh(square)
+    # What is smaller is the rounding of the largest.
+    kept = sizes > sizes[-1].clamp_min(0) * len(sizes) * torch.finfo(square.dtype).eps
+    rows: Tensor = (axes[:, kept] * sizes[kept].sqrt()).T
+    return rows
 
 
 def unit(direction: Tensor, towards: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 
 import torch
@@ -17,20 +18,34 @@ FOLDS = 5
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """All prompts of a role: activations [n, d], class weights [n], and c(x) [n].
+    """Prompts of a role: activations [n, d], class weights [n], and c(x) [n].
 
-    A weight of 0 is that of a prompt that does not behave as its class does.
+    A weight of 0 is that of a prompt that does not behave as its class does. These are all
+    prompts, or some where only statistics were kept of all: then `whole` stands for the class,
+    and `square` is of all activations, RᵀR = Σ x xᵀ.
     """
 
     values: Tensor
     weights: Tensor
     confidences: Tensor
     topics: tuple[str, ...]
+    whole: Samples | None = None
+    square: Tensor | None = None
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The class, for an estimator; raises FitError where no prompt is of it."""
+        return self.whole or self.kept
 
     @property
-    def samples(self) -> Samples:
-        """Those that are of the class; raises FitError where none is."""
+    def kept(self) -> Samples:
+        """The samples of the class, of those that were kept; raises FitError where none is."""
         return Samples.of(self.values, self.weights, self.topics)
+
+    @property
+    def everything(self) -> Tensor:
+        """Rows R with RᵀR = Σ x xᵀ over all prompts, whatever their weights."""
+        return self.values if self.square is None else self.square
 
     def outside(self, topics: Sequence[str]) -> Samples:
         """The class without the samples on some topics."""

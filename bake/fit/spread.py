@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bake.fit.samples import Samples
+from bake.fit.span import alikeness
 
 __all__ = ["bootstrap_cosine"]
 
@@ -18,6 +19,8 @@ def bootstrap_cosine(
     seed: int,
 ) -> float:
     """The mean cosine of resampled directions with the estimate: 1 is firm, near 0 is noise.
+
+    Of several directions [k, d] it is that of the principal angles between the spans.
 
     Topics are drawn with replacement, as many as there are, in each class: samples of one
     topic are no independent evidence. The same seed gives the same figure. Source: Efron
@@ -32,7 +35,7 @@ def bootstrap_cosine(
         # Classes that were written in pairs are drawn in pairs.
         shared = {topic: counts[topic] for topic in set(refused.topics) & set(answered.topics)}
         again = estimate(_again(refused, counts), _again(answered, others | shared))
-        cosines.append(float(again @ whole / (again.norm() * whole.norm()).clamp_min(1e-300)))
+        cosines.append(alikeness(whole, again))
     return sum(cosines) / len(cosines)
 
 

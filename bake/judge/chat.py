@@ -4,19 +4,19 @@ import email.utils
 import http.client
 import json
 import os
+import queue
 import random
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from bake.errors import JudgeError
-from bake.judge import Exchange, Verdict
+from bake.judge import UNREAD, Exchange, Verdict
 from bake.judge.cache import Replies
 from bake.judge.instruction import messages, read_verdict
 from bake.judge.thinking import THINK_TAGS, Thinking
@@ -27,6 +27,9 @@ __all__ = ["ChatJudge", "Server", "Usage"]
 LONGEST = 8 << 20  # bytes of one response
 LONGEST_WAIT = 60.0  # seconds between two attempts
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+# What a server says of one request, such as a prompt beyond its context, and not of all.
+OF_ONE = {400, 413, 422}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class _PassingError(Exception):
         self.wait = wait
 
 
+class _RefusedError(Exception):
+    """The server does not take this one request; its words."""
+
+
 @dataclass
 class ChatJudge:
     """Ask a server for every verdict, several at a time; equal questions are asked once."""
@@ -85,37 +92,47 @@ class ChatJudge:
     name: ClassVar[str] = "chat"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """One verdict an exchange, unread where the reply states none.
+        """One verdict an exchange, unread where the reply states none or there is none.
 
-        Raises JudgeError when the server does not answer in the attempts that it is given,
-        refuses the request, or sends what is no chat completion. Replies that came before
-        stay in the cache.
+        There is none to a request that the server does not take, such as a prompt beyond its
+        context: what it says is noted. Raises JudgeError when the server does not answer in the
+        attempts that it is given, refuses us, or sends what is no chat completion. Replies that
+        came before stay in the cache.
         """
         requests = {one: self._request(one) for one in dict.fromkeys(exchanges)}
-        replies = {one: self.replies.get(request) for one, request in requests.items()}
+        # A reply of nothing is none: the next run may have more luck.
+        replies = {one: self.replies.get(request) or None for one, request in requests.items()}
         missing = [one for one, reply in replies.items() if reply is None]
         self.usage.cached += len(exchanges) - len(missing)
+        refused: Counter[str] = Counter()
         if missing:
             headers = self._headers()
-            stop = threading.Event()
-            with (
-                progress("judge", len(missing)) as update,
-                _pool(self.server.concurrent, stop) as pool,
-            ):
-                asked = {
-                    pool.submit(self._ask, requests[one], headers, stop): one for one in missing
-                }
-                for done in as_completed(asked):
-                    replies[asked[done]] = done.result()
+
+            def ask(one: Exchange, stop: threading.Event) -> str | _RefusedError:
+                try:
+                    return self._ask(requests[one], headers, stop)
+                except _RefusedError as error:
+                    return error
+
+            with progress("judge", len(missing)) as update:
+                for one, reply in _at_once(missing, ask, self.server.concurrent):
+                    if isinstance(reply, str):
+                        replies[one] = reply
+                    else:
+                        refused[str(reply)] += 1
                     update(1)
-        verdicts = [self._verdict(replies[one] or "") for one in exchanges]
+        verdicts = [self._verdict(replies[one]) for one in exchanges]
         self.usage.verdicts += len(verdicts)
-        self.usage.unread += sum(one.label == 0 for one in verdicts)
+        self.usage.unread += sum(one.label == UNREAD for one in verdicts)
+        for reason, count in refused.items():
+            note(f"judge: {count} of {len(missing)} requests were not taken: {reason}")
         if exchanges:
             note(f"judge: {self.usage}")
         return verdicts
 
-    def _verdict(self, reply: str) -> Verdict:
+    def _verdict(self, reply: str | None) -> Verdict:
+        if reply is None:
+            return Verdict(UNREAD, "request not taken")
         return read_verdict(self.thinking.answer(reply) or "")
 
     def _request(self, exchange: Exchange) -> dict[str, object]:
@@ -160,7 +177,8 @@ class ChatJudge:
                         "and serves this path, or raise judge.timeout or judge.attempts"
                     ) from error
             else:
-                self.replies.put(request, reply)
+                if reply:
+                    self.replies.put(request, reply)
                 return reply
         raise AssertionError("attempts is at least 1")
 
@@ -187,7 +205,8 @@ _COUNTING = threading.Lock()
 def _send(request: urllib.request.Request, timeout: float) -> bytes:
     """The body of the response, within `timeout` seconds in all.
 
-    Raises _PassingError for what may pass, JudgeError for what will not.
+    Raises _PassingError for what may pass, _RefusedError where it is about this request alone,
+    JudgeError for what will not pass.
     """
     started = time.monotonic()
     try:
@@ -202,6 +221,8 @@ def _send(request: urllib.request.Request, timeout: float) -> bytes:
             return b"".join(parts)
     except urllib.error.HTTPError as error:
         reason = f"HTTP {error.code}{_said(error)}"
+        if error.code in OF_ONE:
+            raise _RefusedError(reason) from error
         if error.code not in PASSING:
             raise JudgeError(
                 f"judge.url: {request.full_url}: {reason}; check judge.url, judge.model and "
@@ -247,12 +268,38 @@ def _backoff(attempt: int, pause: float) -> float:
     return min(LONGEST_WAIT, pause * 2.0 ** (attempt - 1)) * random.uniform(0.75, 1.25)
 
 
-@contextmanager
-def _pool(size: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """Threads that start nothing new, and wait no longer, once the body is left."""
-    pool = ThreadPoolExecutor(size)
+def _at_once(
+    items: Sequence[Exchange], ask: Callable[[Exchange, threading.Event], T], size: int
+) -> Iterator[tuple[Exchange, T]]:
+    """Every item with what `ask` says to it, `size` of them at a time, as they come.
+
+    The first exception is raised, and nothing new begins once the caller has left. Nobody waits
+    for requests in flight then, as an executor's threads would make the whole process do.
+    """
+    waiting: queue.SimpleQueue[Exchange] = queue.SimpleQueue()
+    found: queue.SimpleQueue[tuple[Exchange, T | None, BaseException | None]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                item = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                found.put((item, ask(item, stop), None))
+            except BaseException as error:
+                found.put((item, None, error))
+
+    for item in items:
+        waiting.put(item)
+    for _ in range(min(size, len(items))):
+        threading.Thread(target=work, daemon=True).start()
     try:
-        yield pool
+        for _ in items:
+            item, result, error = found.get()
+            if error:
+                raise error
+            yield item, result  # type: ignore[misc]
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)

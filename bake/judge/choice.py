@@ -23,6 +23,7 @@ def find_judge(choice: JudgeChoice) -> Judge:
 
 
 def _judge(choice: JudgeChoice, thinking: Thinking) -> Judge:
+    replies = Replies(cache_folder() / "judge")
     if choice.kind == "chat":
         assert choice.url is not None
         assert choice.model is not None
@@ -30,10 +31,12 @@ def _judge(choice: JudgeChoice, thinking: Thinking) -> Judge:
             *(choice.url, choice.model, choice.key, choice.tokens),
             *(choice.timeout, choice.attempts, choice.concurrent),
         )
-        return ChatJudge(server, Replies(cache_folder() / "judge"), thinking)
+        return ChatJudge(server, replies, thinking)
     if choice.kind == "local":
         assert choice.model is not None
-        return LocalJudge(choice.model, choice.revision, choice.tokens, choice.concurrent, thinking)
+        return LocalJudge(
+            *(choice.model, choice.revision, choice.tokens, choice.concurrent, thinking, replies)
+        )
     return KeywordJudge(choice.phrases)
 
 

@@ -1,6 +1,6 @@
 """The local judge: any causal language model with a chat template, through transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from bake.errors import JudgeError
 from bake.judge import Exchange, Verdict
+from bake.judge.cache import Replies
 from bake.judge.instruction import messages, read_verdict
 from bake.judge.thinking import THINK_TAGS, Thinking
 from bake.progress import progress
@@ -19,7 +20,8 @@ __all__ = ["LocalJudge"]
 class LocalJudge:
     """Verdicts of a model in this process, greedily, `batch` at a time.
 
-    `model` is a folder or a Hub id; it is loaded when the first verdict is asked for.
+    `model` is a folder or a Hub id; it is loaded when the first verdict is asked for that is
+    not among the `replies`, which are kept by the folder's files or the Hub's revision.
     """
 
     model: str
@@ -27,6 +29,7 @@ class LocalJudge:
     tokens: int = 512
     batch: int = 8
     thinking: Thinking = THINK_TAGS
+    replies: Replies | None = None
     name: ClassVar[str] = "local"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
@@ -34,13 +37,37 @@ class LocalJudge:
 
         Raises JudgeError when the model cannot be loaded.
         """
+        requests = [self._request(one) for one in exchanges]
+        replies = [self.replies.get(one) if self.replies else None for one in requests]
+        missing = [row for row, reply in enumerate(replies) if reply is None]
+        if missing:
+            for place, reply in self._written([exchanges[row] for row in missing]):
+                replies[missing[place]] = reply
+                if self.replies:
+                    self.replies.put(requests[missing[place]], reply)
+        return [read_verdict(self.thinking.answer(reply or "") or "") for reply in replies]
+
+    def _request(self, exchange: Exchange) -> dict[str, object]:
+        """What is asked of which model; the cache goes by all of it."""
+        folder = Path(self.model)
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        stamps = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
+        return {
+            "local": self.model,
+            "revision": self.revision,
+            "files": stamps,
+            "messages": messages(exchange),
+            "tokens": self.tokens,
+        }
+
+    def _written(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[int, str]]:
+        """What the model writes to each, with its place, as batches are done."""
         import torch
 
         from bake.model import batches
 
         model, tokenizer = self._loaded
         chats = [self._rendered(tokenizer, one) for one in exchanges]
-        found: list[Verdict] = [read_verdict("")] * len(chats)
         with progress("judge", len(chats)) as update:
             for part in batches(chats, tokenizer.pad_token_id, self.batch):
                 with torch.inference_mode():
@@ -56,10 +83,8 @@ class LocalJudge:
                     )
                 replies = written[:, part.ids.shape[1] :].tolist()
                 for row, ids in zip(part.rows, replies, strict=True):
-                    reply = tokenizer.decode(ids, skip_special_tokens=True)
-                    found[row] = read_verdict(self.thinking.answer(reply) or "")
+                    yield row, tokenizer.decode(ids, skip_special_tokens=True)
                 update(len(part.rows))
-        return found
 
     def _rendered(self, tokenizer: Any, exchange: Exchange) -> list[int]:
         """The token ids of the chat; its system message goes first where templates have none."""

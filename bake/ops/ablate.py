@@ -14,6 +14,7 @@ from bake.checkpoint import Checkpoint, TensorInfo
 from bake.edits import Edit, PlannedEdit, Step
 from bake.errors import ArchitectureError, FitError
 from bake.fit.protect import without
+from bake.fit.span import rows_of
 from bake.hooks import Intervention
 from bake.model import LiveModel
 from bake.ops.add import behind_norm_note, carried_add
@@ -25,15 +26,24 @@ __all__ = ["Ablate", "AblateOperator", "behind_norm", "cuts", "orthonormal", "pr
 
 # Below this share of itself a direction is rounding.
 NOTHING_LEFT = 1e-3
+DEPENDENT = 1e-6
 
 
 def orthonormal(directions: Tensor) -> Tensor:
     """An orthonormal basis [d, k] of the span of `directions` [k, d], by QR.
 
     Removing non-orthogonal directions one after another leaves part of their
-    span; one basis removes all of it.
+    span; one basis removes all of it. Raises FitError where one direction lies in the span of
+    those before it: what QR would put in its place has nothing to do with them.
     """
-    basis: Tensor = torch.linalg.qr(directions.T.to(torch.float64)).Q
+    columns = directions.T.to(torch.float64)
+    basis: Tensor
+    basis, heights = torch.linalg.qr(columns)
+    if (heights.diagonal().abs() < DEPENDENT * columns.norm(dim=0)).any():
+        raise FitError(
+            f"of the {len(directions)} directions to ablate one lies in the span of the others; "
+            "give a smaller fit.basis, other layers or variant: plain"
+        )
     return basis.to(torch.float32)
 
 
@@ -55,7 +65,7 @@ def projected(direction: Tensor, mean: Tensor) -> Tensor:
     if not left.norm() > NOTHING_LEFT * direction.norm():
         raise FitError(
             "variant: projected leaves nothing of the direction, which is that of the contrast "
-            "class's own mean; choose other layers or variant: plain"
+            "class's own mean; choose other layers, or leave projected out"
         )
     return left
 
@@ -119,15 +129,16 @@ def cuts(
 
 
 class AblateOperator:
-    """`op: ablate`: one direction, out of every writer of the chosen layers.
+    """`op: ablate`: the span of one direction or several, out of every writer of the layers.
 
-    `affine` is the map h ← h - λ R Rᵀ h + λ R Rᵀ μ of ACE (Marshall et al. 2024,
-    arXiv:2411.09003) with μ the contrast class's mean where the direction was measured: the
-    writers are cut as in `plain`, and λ R Rᵀ μ is added to the stream once, before anything
-    reads what the first cut writer wrote. That is after the attention of the first layer, or
-    after all of it where blocks are parallel, or on the embedding where that is cut too.
-    With strength 1 the stream from there on is R Rᵀ μ along R, plus what writers that are
-    not cut write along R: with all layers and the embeddings, nothing.
+    `norm-preserving` with `projected` is MPOA (grimjim 2025). `affine` is the map
+    h ← h - λ R Rᵀ h + λ R Rᵀ μ of ACE (Marshall et al. 2024, arXiv:2411.09003) with μ the
+    contrast class's mean where the direction was measured: the writers are cut as they are
+    without it, and λ R Rᵀ μ is added to the stream once, before anything reads what the first
+    cut writer wrote. That is after the attention of the first layer, or after all of it where
+    blocks are parallel, or on the embedding where that is cut too. With strength 1 the stream
+    from there on is R Rᵀ μ along R, plus what writers that are not cut write along R: with all
+    layers and the embeddings, nothing.
     """
 
     def plan(
@@ -136,14 +147,13 @@ class AblateOperator:
         """The writers' weights, the biases that they have, and on demand the embeddings.
 
         Raises ArchitectureError for the embedding of a tied model, which is its
-        unembedding too, for experts that are to keep their norms, and where nothing can
-        carry the constant of `affine`.
+        unembedding too, and for experts that are to keep their norms.
         """
         arch.check_layers(spec.layers, base.config, f"{place}.layers")
         if spec.kernel:
             arch.check_layers((spec.kernel.peak,), base.config, f"{place}.kernel.peak")
         written = arch.written(base.tensors)
-        keep_norms = spec.variant == "norm-preserving"
+        keep_norms = "norm-preserving" in spec.variant
         edits, notes = [], []
         for layer in spec.strengths:
             for one in written[layer]:
@@ -160,18 +170,18 @@ class AblateOperator:
             edits += [
                 _planned(base, None, "embedding", f"{name}.weight") for name in arch.embeddings
             ]
-        if spec.variant != "plain":
-            notes.append(f"{place}: {spec.variant} ablation")
+        if spec.variant != ("plain",):
+            notes.append(f"{place}: {' and '.join(spec.variant)} ablation")
         if spec.kernel:
             by_layer = ", ".join(f"{layer}: {one:.3g}" for layer, one in spec.strengths.items())
             notes.append(f"{place}: strength by layer {by_layer}")
         step = Step(tuple(edits), notes=tuple(notes), reads_base=keep_norms)
-        if spec.variant != "affine":
+        if "affine" not in spec.variant:
             return step
         return _with_constant(step, spec, base, arch, place, runtimes)
 
     def layers(self, spec: Spec) -> tuple[int, ...]:
-        """One direction serves all: that of the middle of the edited layers."""
+        """One layer's directions serve all: those of the middle of the edited layers."""
         edited = tuple(spec.strengths)
         return (edited[len(edited) // 2],)
 
@@ -184,16 +194,17 @@ class AblateOperator:
     ) -> tuple[Intervention, ...]:
         """One intervention over all writers, and for `affine` the constant's."""
         (layer,) = self.layers(spec)
-        direction = measured.directions[layer]
-        if spec.variant == "projected":
-            direction = projected(direction, measured.means[layer])
-        basis = orthonormal(direction[None])
+        directions = rows_of(measured.directions[layer])
+        if "projected" in spec.variant:
+            mean = measured.means[layer]
+            directions = torch.stack([projected(one, mean) for one in directions])
+        basis = orthonormal(directions)
         names = [edit.tensor for edit in step.edits if edit.operator == "ablate"]
         embeddings = spec.strength if spec.embeddings else None
-        keep_norms = spec.variant == "norm-preserving"
+        keep_norms = "norm-preserving" in spec.variant
         found = cuts(basis, names, measured, arch, spec.strengths, embeddings, keep_norms)
         ablation = Ablate(found)
-        if spec.variant != "affine":
+        if "affine" not in spec.variant:
             return (ablation,)
         kept = spec.strength * (basis @ (basis.T @ measured.means[layer].float()))
         at, site = _constant_site(spec, arch, measured.base)
@@ -206,9 +217,7 @@ def _with_constant(
 ) -> Step:
     """The step with the carrier of the constant that `affine` adds, as its last edit."""
     layer, site = _constant_site(spec, arch, base)
-    instead = "variant: plain" if spec.embeddings else "embeddings: true, or variant: plain"
-    remedy = f"{place}.variant: affine adds a constant there; set {instead}"
-    found, why = carry(base, arch, layer, site, "auto", runtimes, remedy)
+    found, why = carry(base, arch, layer, site, "auto", runtimes)
     edit = PlannedEdit(*("add", found.carrier, layer, site, found.tensor, found.shape, found.dtype))
     note = (
         f"{place}: the constant goes to site {site} of layer {layer}, "
@@ -236,7 +245,7 @@ def _check_writer(one: Written, info: TensorInfo, place: str) -> None:
     if "{expert}" in one.writer.module or len(info.shape) > 2:
         raise ArchitectureError(
             f"{place}.variant: {one.weight}: the experts are one tensor in memory, where no hook "
-            "sees what this matrix reads; set variant: plain"
+            "sees what this matrix reads; leave norm-preserving out"
         )
 
 

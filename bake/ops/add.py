@@ -13,7 +13,6 @@ from bake.carriers import Carried, Site, carry
 from bake.carriers.gain import in_front_of
 from bake.checkpoint import Checkpoint
 from bake.edits import AddVector, Edit, LowRank, PlannedEdit, Step
-from bake.errors import FitError
 from bake.hooks import Intervention, on_output
 from bake.model import LiveModel
 from bake.ops.operator import Measured
@@ -111,17 +110,11 @@ class AddOperator:
 def carried_add(base: Checkpoint, layer: int, site: Site, vector: Tensor, carried: Carried) -> Add:
     """The addition of `vector` through a carrier, with what stands in front of a post-norm.
 
-    Raises FitError for a vector that such a norm cannot pass on, and what `in_front_of` does.
+    Raises what `in_front_of` does.
     """
     if carried.norm is None:
         return Add(layer, site, vector, carried)
     written = in_front_of(vector / carried.multiplier, base, carried.norm)
-    size = float(written.square().mean().sqrt())
-    if not size < 1:
-        raise FitError(
-            f"{carried.norm.weight}: what this norm writes has a fixed length, and the vector is "
-            f"{size:.1f} times as long; lower the strength, or take another carrier"
-        )
     return Add(layer, site, vector, carried, in_front=written)
 
 

@@ -21,9 +21,9 @@ class Measured:
     """What the fit has for the operators.
 
     `directions` by layer are [d], pointing to refusal, as long as the gap between
-    the classes; `probe(module, ridge)` reads the gate [d_in] off a writer's input;
-    `base` is the checkpoint; `means` by layer are [d], the answered class's mean state
-    where the direction was measured.
+    the classes, or [k, d] for operators that take several; `probe(module, ridge)` reads the
+    gate [d_in] off a writer's input; `base` is the checkpoint; `means` by layer are [d], the
+    answered class's mean state where the direction was measured.
     """
 
     directions: Mapping[int, Tensor]

@@ -159,7 +159,7 @@ def _of_hub(name: str, place: Place) -> Rows:
     except ImportError as error:
         raise PromptError(f"{name}: Hub datasets need the extra `data`: {EXTRA}") from error
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         folder = snapshot_download(
@@ -168,7 +168,7 @@ def _of_hub(name: str, place: Place) -> Rows:
             revision=place.revision,
             allow_patterns=PATTERNS,
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PromptError(
             f"{name}: the Hub gave no such dataset at revision {place.revision} ({reason}); check "

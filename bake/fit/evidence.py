@@ -1,0 +1,112 @@
+"""What the prompts of every role show of a live model, and the directions that follow from it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bake.activations import Conversation, Moments, Tap, collect
+from bake.directions import Directions
+from bake.fit.cosmic import CosmicScores
+from bake.fit.estimate import Activations, estimated, roles_shown
+from bake.fit.labels import Labelled
+from bake.fit.learned import LEARNED, Lesson, Said
+from bake.fit.scores import Observed
+from bake.fit.stream import observed
+from bake.model import LiveModel
+from bake.prompts import Prompt
+from bake.recipe import Recipe
+
+__all__ = ["Evidence", "bare", "directions_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """By role the labels of its prompts, their conversations, and what these left behind blocks.
+
+    `sets` are the activations of prompt sets without a role, by name (`bare`); the model has
+    `depth` blocks.
+    """
+
+    model: LiveModel
+    depth: int
+    labels: Mapping[str, Sequence[Labelled]]
+    conversations: Mapping[str, Sequence[Conversation]]
+    moments: Mapping[str, Mapping[Any, Moments]]
+    sets: Activations
+
+
+def bare(
+    model: LiveModel,
+    sets: Mapping[str, Sequence[Prompt]],
+    layers: Sequence[int],
+    progress: Callable[[int], None] = lambda _: None,
+    *,
+    samples: bool = False,
+) -> dict[str, dict[int, Observed]]:
+    """What prompt sets leave behind some blocks; nobody asks how they are answered.
+
+    Their means, or with `samples` every activation.
+    """
+    found = {}
+    for name, prompts in sets.items():
+        starts = [tuple(model.render(prompt.text)) for prompt in prompts]
+        conversations = [Conversation(ids, len(ids) - 1, ()) for ids in starts]
+        labels = [Labelled(prompt, (), (), 0.0, ()) for prompt in prompts]
+        rows = tuple(range(len(prompts))) if samples else ()
+        taps = {layer: Tap(model.block(layer), "output", "last", rows=rows) for layer in layers}
+        measured = collect(model, conversations, taps, progress=progress, state="bare")
+        found[name] = {layer: observed(measured, layer, conversations, labels) for layer in layers}
+    return found
+
+
+def directions_of(
+    recipe: Recipe, evidence: Evidence, layers: Sequence[int], scored: bool = False
+) -> Directions:
+    """The directions behind some layers with their figures, COSMIC's score too where `scored`."""
+    conversations, choice = evidence.conversations, recipe.fit
+    seen = [layer for layer in evidence.moments[choice.refused] if isinstance(layer, int)]
+    found = {
+        role: {
+            layer: observed(evidence.moments[role], layer, conversations[role], labels)
+            for layer in seen
+        }
+        for role, labels in evidence.labels.items()
+        if role in roles_shown(choice)
+    }
+    cosmic = learn = None
+    if scored or choice.estimator == "cosmic":
+        classes = conversations[choice.refused], conversations[choice.contrast]
+        cosmic = CosmicScores(evidence.model, *classes, evidence.depth)
+    if choice.estimator in LEARNED:
+        learn = partial(LEARNED[choice.estimator], _lesson(recipe, evidence, found, layers))
+    return estimated(recipe, found, evidence.sets, layers, cosmic, learn)
+
+
+def _lesson(
+    recipe: Recipe, evidence: Evidence, classes: Activations, layers: Sequence[int]
+) -> Lesson:
+    """What an estimator learns from: the prompts that behave as their class does."""
+    choice = recipe.fit
+
+    def said(role: str) -> list[Said]:
+        pairs = zip(evidence.labels[role], evidence.conversations[role], strict=True)
+        return [Said(label.start, label.answer) for label, one in pairs if one.weight > 0]
+
+    def kinds(layer: int) -> Tensor:
+        roles = dict.fromkeys((choice.refused, "protected"))
+        found = [classes[role][layer] for role in roles if role in classes]
+        found += [evidence.sets[name][layer] for name in choice.categories]
+        return torch.stack([one.samples.mean for one in found])
+
+    refused, answered = classes[choice.refused], classes[choice.contrast]
+    return Lesson(
+        *(evidence.model, evidence.depth, said(choice.refused), said(choice.contrast)),
+        samples={layer: (refused[layer].samples, answered[layer].samples) for layer in layers},
+        kinds={layer: kinds(layer) for layer in layers},
+        choice=choice,
+        seed=recipe.seed,
+    )
