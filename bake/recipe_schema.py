@@ -417,7 +417,7 @@ class GGUFExport(_Section):
         default="demo", description="`demo`, or the path of a GGUF of the same model."
     )
     edited_type: EditedTypeName = Field(
-        default="auto",
+        default="q8_0",
         description="The type of the edited matrices; the others keep theirs. `auto` is the "
         "smallest that keeps the edit, `same` the base's own or a refusal.",
     )
