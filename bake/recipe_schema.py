@@ -635,7 +635,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         yield ("export",), "nothing is exported; set safetensors: true or give a gguf"
     if "gguf" in export.adapters and export.gguf is None:
         yield ("export", "adapters"), "a LoRA for llama.cpp is of a GGUF; give export.gguf"
-    kept = (one.op == "ablate" and one.variant == "norm-preserving" for one in recipe.edits)
+    kept = (one.op == "ablate" and "norm-preserving" in one.variant for one in recipe.edits)
     if export.adapters and any(kept):
         message = "a norm-preserving ablation is of full rank, and a LoRA is not; leave one out"
         yield ("export", "adapters"), message
