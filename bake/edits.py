@@ -130,10 +130,14 @@ class LowRank:
     right: Tensor
 
     def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
-        return weight + self.left @ self.right
+        return torch.addmm(weight, self.left, self.right)
 
     def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
-        return _relative(after - before, self.left @ self.right)
+        # |L R|² is the trace of (Lᵀ L)(R Rᵀ); a matrix less in memory, where they are large.
+        left, right = self.left.double(), self.right.double()
+        size = ((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt()
+        wrong = (after - before).addmm_(self.left, self.right, alpha=-1).norm()
+        return float(wrong / size.clamp_min(1e-30))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +155,12 @@ class RemoveSubspace:
     axis: Literal[-2, -1] = -2
 
     def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
+        # In place: of the largest matrices there is room for one copy, not for three.
         if self.axis == -2:
-            return weight - self.strength * (self.basis @ (self.basis.T @ weight))
-        return weight - self.strength * ((weight @ self.basis) @ self.basis.T)
+            removed = self.basis @ (self.strength * (self.basis.T @ weight))
+        else:
+            removed = (self.strength * (weight @ self.basis)) @ self.basis.T
+        return torch.sub(weight, removed, out=removed)
 
     def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
         written, kept = self.component(after), self.component(before)

@@ -1,5 +1,8 @@
 """The read side of a GGUF file: its header, checked in full, and one tensor at a time.
 
+A model may be split into several files, `NAME-00001-of-00003.gguf` and so on, as
+`llama-gguf-split` writes them: each has a header of its own, and the metadata is in the first.
+
 The header may come from a stranger. Nothing in it is believed before it is compared
 with the size of the file: every claim that does not hold raises a `GGUFError` of one
 line, and no claim sets the size of an allocation. The format is described in ggml's
@@ -8,6 +11,7 @@ line, and no claim sets the size of an allocation. The format is described in gg
 """
 
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,14 +23,27 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from bake.errors import GGUFError
+from bake.ggml import can_dequantise, dequantised, row_slices
 
-__all__ = ["SCALARS", "GGUFArray", "GGUFFile", "GGUFTensor", "Span", "padded", "read_tensor"]
+__all__ = [
+    "SCALARS",
+    "SPLIT_TENSORS",
+    "GGUFArray",
+    "GGUFFile",
+    "GGUFTensor",
+    "Span",
+    "padded",
+    "part_names",
+    "parts_named",
+    "read_stored",
+    "read_tensor",
+]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -40,6 +57,8 @@ MAX_STRING = MAX_STRINGS = 1 << 24
 MAX_NAME = 63
 """Longest tensor name, in bytes: GGML_MAX_NAME less its terminator (ggml.h, line 229)."""
 MAX_DIMENSIONS = 4
+SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+"""Keys of every part of a split file (llama.cpp's src/llama-model-loader.cpp)."""
 
 _WINDOW = 1 << 20
 _LENGTH = struct.Struct("<Q")
@@ -60,6 +79,8 @@ SCALARS: Mapping[GGUFValueType, struct.Struct] = {
     GGUFValueType.FLOAT64: struct.Struct("<d"),
 }
 _AGAIN = "download it or convert it again"
+_PART = "-{number:05d}-of-{count:05d}.gguf"
+"""How the name of a part ends (llama.cpp's src/llama.cpp, `llama_split_path`)."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +101,17 @@ class GGUFArray:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies: shape in torch order (a matrix is [out, in]), offset in the file."""
+    """Where one tensor lies: shape in torch order (a matrix is [out, in]), offset in the file.
+
+    `part` is the file's place among the parts of a split model.
+    """
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +121,8 @@ class GGUFFile:
     `metadata` has every scalar and string, and a `GGUFArray` for each array. `pairs`
     are the bytes of each key with its value, `metadata_range` those of all of them.
     `tensors` are in file order, which is also the order of their data, each starting
-    at a multiple of `alignment` bytes after `data_start`.
+    at a multiple of `alignment` bytes after `data_start`. A split model is its first file,
+    with the tensors of all `parts`; each of these is a file by itself.
     """
 
     path: Path
@@ -108,13 +134,25 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
     alignment: int
     data_start: int
+    parts: tuple["GGUFFile", ...] = ()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "GGUFFile":
-        """Read and check a header; `GGUFError` unless it is a whole GGUF in this one file."""
-        where = Path(path)
-        with _reading(where) as (file, size):
-            return _parse(_Cursor(where, file, size))
+        """Read and check a header, or those of all parts of a split model, by its first part.
+
+        Raises `GGUFError` unless it is a whole GGUF.
+        """
+        first = _open_one(Path(path))
+        return _joined(first) if SPLIT_COUNT in first.metadata else first
+
+    @property
+    def files(self) -> tuple["GGUFFile", ...]:
+        """The parts of a split model, or this one file."""
+        return self.parts or (self,)
+
+    def path_of(self, tensor: GGUFTensor) -> Path:
+        """The file that a tensor lies in."""
+        return self.files[tensor.part].path
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as `read_tensor` does; `GGUFError` also when it is not there."""
@@ -123,7 +161,8 @@ class GGUFFile:
                 f"{self.path}: has no tensor {name!r}; "
                 f"check that it is the {self.architecture} model you mean"
             )
-        return read_tensor(self.path, self.tensors[name])
+        tensor = self.tensors[name]
+        return read_tensor(self.path_of(tensor), tensor)
 
     def array(self, key: str) -> list[Any]:
         """Return the elements of an array of numbers or booleans in the metadata."""
@@ -143,27 +182,97 @@ class GGUFFile:
 def read_tensor(path: Path, tensor: GGUFTensor) -> Tensor:
     """Read the bytes of one tensor and dequantise them: float32, in torch order.
 
-    Raises `GGUFError` when the file ends before the tensor does, or when gguf-py
-    cannot dequantise its type (gguf/quants.py, `dequantize`).
+    Raises `GGUFError` when the file ends before the tensor does, or when ggml has no
+    numbers for its type.
     """
+    if not can_dequantise(tensor.type):
+        raise GGUFError(
+            f"{path}: tensor {tensor.name!r} is of type {tensor.type.name}, which ggml "
+            "cannot turn into numbers; start from an F16, BF16 or Q8_0 file of this model"
+        )
+    columns = tensor.shape[-1] if tensor.shape else 1
+    values = np.empty((prod(tensor.shape[:-1]), columns), dtype=np.float32)
+    for rows in row_slices(*values.shape):
+        values[rows] = dequantised(read_stored(path, tensor, rows), tensor.type)
+    return torch.from_numpy(values.reshape(tensor.shape))
+
+
+def read_stored(path: Path, tensor: GGUFTensor, rows: slice) -> npt.NDArray[np.uint8]:
+    """Read the bytes of some rows of a tensor: [rows, bytes of a row]."""
+    length = tensor.nbytes // prod(tensor.shape[:-1])
+    start, count = tensor.offset + rows.start * length, (rows.stop - rows.start) * length
     with _reading(path) as (file, size):
         # The header was checked against the size at opening; the file may have shrunk since.
-        there = max(0, min(tensor.nbytes, size - tensor.offset))
-        file.seek(tensor.offset)
-        stored = np.fromfile(file, dtype=np.uint8, count=there)
-    if stored.size != tensor.nbytes:
+        file.seek(start)
+        stored = np.fromfile(file, dtype=np.uint8, count=max(0, min(count, size - start)))
+    if stored.size != count:
         raise GGUFError(f"{path}: ends before tensor {tensor.name!r} does; {_AGAIN}")
-    rows = stored.reshape(prod(tensor.shape[:-1]), -1)
-    try:
-        # A scale that is not finite is the file's own matter; numpy need not warn of it.
-        with np.errstate(invalid="ignore", over="ignore"):
-            values = dequantize(rows, tensor.type)
-    except NotImplementedError as error:
+    return stored.reshape(-1, length)
+
+
+def part_names(path: Path, count: int) -> tuple[Path, ...]:
+    """The files that a model of this file name has in `count` parts: itself for one part."""
+    if count < 2:
+        return (path,)
+    return tuple(
+        path.with_name(path.stem + _PART.format(number=number, count=count))
+        for number in range(1, count + 1)
+    )
+
+
+def parts_named(path: Path) -> int:
+    """How many parts a file's name says that its model has: 1 unless it is one of several."""
+    found = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name)
+    return int(found[1]) if found else 1
+
+
+def _open_one(path: Path) -> GGUFFile:
+    with _reading(path) as (file, size):
+        return _parse(_Cursor(path, file, size))
+
+
+def _joined(first: GGUFFile) -> GGUFFile:
+    """Open all parts of a split model. A file that was merged again has a count of 0."""
+    path, count = first.path, first.metadata[SPLIT_COUNT]
+    if not isinstance(count, int) or count < 2:
+        return first
+    ending = _PART.format(number=1, count=count)
+    number = first.metadata.get(SPLIT_NUMBER)
+    if number != 0 or not path.name.endswith(ending):
         raise GGUFError(
-            f"{path}: tensor {tensor.name!r} is of type {tensor.type.name}, which gguf-py "
-            "cannot turn into numbers; start from an F16, BF16 or Q8_0 file of this model"
-        ) from error
-    return torch.from_numpy(values.reshape(tensor.shape))
+            f"{path}: its header says that it is one of {count} parts (number {number}, from 0); "
+            f"give the first, whose name ends in {ending}"
+        )
+    start = path.name.removesuffix(ending)
+    parts, tensors = [first], dict(first.tensors)
+    for place in range(1, count):
+        other = path.with_name(start + _PART.format(number=place + 1, count=count))
+        if not other.is_file():
+            raise GGUFError(
+                f"{path}: is one of {count} parts, and {other.name} is missing; "
+                "put all parts into one folder"
+            )
+        part = _open_one(other)
+        found = (part.metadata.get(SPLIT_NUMBER), part.metadata.get(SPLIT_COUNT))
+        if found != (place, count):
+            raise GGUFError(
+                f"{other}: should be number {place} (from 0) of {count} parts by its name, and "
+                f"its header says {found[0]} of {found[1]}; download it again"
+            )
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise GGUFError(
+                    f"{other}: the tensor name {name[:99]!r} is in another part too; {_AGAIN}"
+                )
+            tensors[name] = replace(tensor, part=place)
+        parts.append(part)
+    claimed = first.metadata.get(SPLIT_TENSORS)
+    if claimed != len(tensors):
+        raise GGUFError(
+            f"{path}: {SPLIT_TENSORS} is {claimed}, and the parts have {len(tensors)} tensors; "
+            "download them again"
+        )
+    return replace(first, tensors=MappingProxyType(tensors), parts=tuple(parts))
 
 
 @contextmanager
@@ -267,17 +376,14 @@ def _parse(cursor: _Cursor) -> GGUFFile:
         pairs[key] = Span(begin, cursor.position - begin)
     metadata_range = Span(start, cursor.position - start)
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
+    number, count = metadata.get(SPLIT_NUMBER), metadata.get(SPLIT_COUNT)
+    if architecture is None and isinstance(count, int) and count > 1 and number != 0:
+        architecture = ""  # Of a split model only the first part says it.
+    elif not isinstance(architecture, str) or not architecture:
         cursor.fail("has no text under the metadata key 'general.architecture'")
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment.bit_count() != 1 or alignment > MAX_ALIGNMENT:
         cursor.fail(f"general.alignment is {alignment}, not a power of two up to {MAX_ALIGNMENT}")
-    split_count = metadata.get("split.count", 1)
-    if isinstance(split_count, int) and split_count > 1:
-        cursor.fail(
-            f"is one of {split_count} parts of a split GGUF, which bake does not read yet",
-            "join them first with `llama-gguf-split --merge`",
-        )
     tensors: dict[str, GGUFTensor] = {}
     for index in range(tensor_count):
         tensor = _parse_tensor(cursor, index)

@@ -229,6 +229,21 @@ class LlamaModel:
                 f"{self._path}: llama.cpp refused the control vector: {self._log.last_words()}"
             )
 
+    def set_lora(self, path: str | PathLike[str]) -> None:
+        """Lay a LoRA's GGUF on the model, with a scale of 1, until the model is closed.
+
+        Raises `GGUFError` with llama.cpp's own last words when it does not fit.
+        """
+        adapter = llama_cpp.llama_adapter_lora_init(self._model, fspath(path).encode())
+        if not adapter:
+            raise GGUFError(
+                f"{fspath(path)}: llama.cpp cannot lay it on {self._path}: "
+                f"{self._log.last_words()}; give a LoRA that was made for it"
+            )
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+            raise GGUFError(f"{fspath(path)}: llama.cpp refused it: {self._log.last_words()}")
+
     def _read_shared(self, prompts: Sequence[Sequence[int]]) -> int:
         """Read what all prompts begin with into the sequence behind the parallel ones.
 

@@ -26,6 +26,7 @@ from bake.verify import Divergence
 __all__ = ["Artefacts", "Measured", "measure"]
 
 CONTROL_VECTOR = "llama.cpp, its own control vector"
+LORA = "llama.cpp, the LoRA on the base GGUF"
 # How much of each answer takes part in the comparison of logits.
 ANSWER_TOKENS = 16
 Answers = Mapping[str, tuple[Answer, ...]]
@@ -33,12 +34,16 @@ Answers = Mapping[str, tuple[Answer, ...]]
 
 @dataclass(frozen=True)
 class Artefacts:
-    """What is compared: base and baked folder, base and baked GGUF; None where none is written."""
+    """What is compared: base and baked folder, base and baked GGUF; None where none is written.
+
+    `lora` is a LoRA for the base GGUF.
+    """
 
     base: Path
     baked: Path | None
     base_gguf: Path | None
     baked_gguf: Path | None
+    lora: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,12 @@ def measure(
             for name, path in (("base", artefacts.base_gguf), ("baked", artefacts.baked_gguf)):
                 llama = LlamaModel(path, context=room, threads=torch.get_num_threads())
                 llamas[name] = stack.enter_context(llama)
+            if artefacts.lora:
+                llama = LlamaModel(
+                    artefacts.base_gguf, context=room, parallel=1, threads=torch.get_num_threads()
+                )
+                llamas["lora"] = stack.enter_context(llama)
+                llama.set_lora(artefacts.lora)
         compared = _compared(model, interventions, _in_turn(prompts, recipe.verify.prompts))
         parity = _parity(model, interventions, artefacts, llamas, compared)
         _check(recipe, interventions, parity)
@@ -139,8 +150,11 @@ def _parity(
             if llamas:
                 # What the hooks change, laid on the base GGUF: its quantisation is not the bake's.
                 plain = _llama_logits(llamas["base"], batch)
-                total = found.setdefault("llama.cpp", Divergence())
-                total.add(plain, plain + hooked - base, _llama_logits(llamas["baked"], batch))
+                for name, runtime in (("baked", "llama.cpp"), ("lora", LORA)):
+                    if name in llamas:
+                        total = found.setdefault(runtime, Divergence())
+                        now = _llama_logits(llamas[name], batch)
+                        total.add(plain, plain + hooked - base, now)
             update(len(batch.rows))
     if llamas:
         _control_vector(found, llamas, interventions, compared)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType
+from torch import Tensor
 
 from bake.arch import Arch
 from bake.archs import find_arch
@@ -14,17 +15,22 @@ from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions, save_directions
 from bake.edits import Edit
 from bake.errors import DirectionsError, GuardError, VerificationError
+from bake.export.adapter import check_adapter, write_gguf_lora, write_peft
 from bake.export.gguf import PatchedTensor
+from bake.export.inputs import input_moments
 from bake.export.layout import patch_gguf
+from bake.export.requantise import LEAST_SHARE, MOST_NOISE, MOST_NOISE_SAME, EditedType
+from bake.export.same_model import check_same_model
 from bake.fit.estimate import roles_shown
 from bake.fit.run import Fitted, fit, fit_directions, needs_prompts
-from bake.gguf_file import GGUFFile
+from bake.gguf_file import GGUFFile, part_names
 from bake.journal import Journal, hashed
 from bake.judge import Judge
 from bake.judge.choice import find_judge
 from bake.manifest import file_hash, versions, write_manifest
 from bake.measure import Artefacts, Measured, measure
 from bake.model import LiveModel
+from bake.ops.add import Add
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.progress import note, progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
@@ -40,11 +46,15 @@ from bake.work import Work
 
 __all__ = ["DIRECTIONS", "Prepared", "bake", "fit_to_file", "prepare", "saved_form"]
 
-# An edit that rounds away is not in the file, whatever the file says; Q8_0 keeps 99 %.
+# An edit that rounds away is not in the file, whatever the file says; auto asks for more.
 SURVIVING = 0.9
 # Not beside the weights: vLLM (model_loader/default_loader.py, `_prepare_weights`), SGLang and
 # Ollama (convert/reader.go, `parseTensors`) load every *.safetensors of the folder itself.
 DIRECTIONS = Path("steering", "directions.safetensors")
+ADAPTER = Path("adapter")
+# Prompts of each set, and texts, that the roundings of a GGUF are weighed by.
+SHOWN = 32
+PASSAGE_TOKENS = 96
 ROLES = ("target", "protected", "lookalike", "refused", "general")
 
 
@@ -102,6 +112,8 @@ def prepare(recipe: Recipe) -> Prepared:
     gguf = GGUFFile.open(source.gguf) if source.gguf else None
     if gguf:
         check_gguf(plan, base, arch, gguf)
+    if recipe.export.adapters:
+        check_adapter(plan, arch)
     return Prepared(
         *(recipe, source, base, arch, gguf, plan, splits, texts),
         *(directions, directions_hash, concepts),
@@ -144,16 +156,19 @@ def bake(
     ready = prepare(recipe)
     if planned:
         planned.check(saved_form(loaded, ready))
+    if ready.gguf:
+        check_same_model(ready.gguf, ready.base, ready.arch)
     judge = find_judge(recipe.judge)
     with staged(recipe.folder, overwrite) as staging:
         model = LiveModel.load(ready.base.folder, ready.arch)
         fitted = _fit(ready, model, judge)
-        written = _write(ready, fitted, staging)
+        written = _write(ready, model, fitted, staging)
         artefacts = Artefacts(
             ready.base.folder,
             staging if recipe.export.safetensors else None,
             ready.gguf.path if ready.gguf else None,
             staging / written.gguf if written.gguf else None,
+            staging / written.lora if written.lora else None,
         )
         prompts = ready.part("test", recipe.evaluate.limit)
         measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)
@@ -232,11 +247,15 @@ def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class _Written:
-    """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors."""
+    """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors.
+
+    `lora` is the name of the LoRA for llama.cpp.
+    """
 
     residuals: Mapping[str, float]
     gguf: str | None
     patched: tuple[PatchedTensor, ...]
+    lora: str | None = None
 
 
 def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
@@ -255,7 +274,7 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
         )
 
 
-def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
+def _write(ready: Prepared, model: LiveModel, fitted: Fitted, staging: Path) -> _Written:
     """Write both formats and read them back: what was not touched must be as it was."""
     plan = ready.plan
     edits: dict[str, list[Edit]] = {}
@@ -275,30 +294,79 @@ def _write(ready: Prepared, fitted: Fitted, staging: Path) -> _Written:
         residuals = check_files(
             ready.base, Checkpoint.open(staging), edits, plan.created, plan.renamed
         )
+    _write_vectors(ready, fitted, edits, staging)
     if ready.gguf is None or ready.recipe.export.gguf is None:
         return _Written(residuals, None, ())
-    name = f"{ready.recipe.name}.gguf"
-    patched = _patch(ready, ready.gguf, edits, staging / name)
-    return _Written(residuals, name, patched)
+    output = staging / f"{ready.recipe.name}.gguf"
+    inputs = _inputs(ready, model, ready.gguf, fitted, edits)
+    patched = _patch(ready, ready.gguf, edits, inputs, output)
+    name = part_names(output, len(ready.gguf.files))[0].name
+    if "gguf" not in ready.recipe.export.adapters:
+        return _Written(residuals, name, patched)
+    lora = staging / f"{ready.recipe.name}.lora.gguf"
+    write_gguf_lora(edits, ready.gguf, ready.arch, ready.base.config, ready.recipe.name, lora)
+    return _Written(residuals, name, patched, lora.name)
+
+
+def _write_vectors(
+    ready: Prepared, fitted: Fitted, edits: Mapping[str, Sequence[Edit]], staging: Path
+) -> None:
+    """Write what stands beside a base that is not changed: a LoRA for PEFT, a control vector."""
+    recipe = ready.recipe
+    if "peft" in recipe.export.adapters:
+        write_peft(edits, ready.base, ready.arch, recipe.model, staging / ADAPTER)
+    if recipe.export.control_vector:
+        vectors: dict[int, Tensor] = {}
+        for one in fitted.interventions:
+            assert isinstance(one, Add)
+            vectors[one.layer] = vectors.get(one.layer, 0) + one.vector
+        save_directions(
+            Directions(vectors, fitted.directions.origin), staging / f"{recipe.name}.vector.gguf"
+        )
+
+
+def _inputs(
+    ready: Prepared,
+    model: LiveModel,
+    base: GGUFFile,
+    fitted: Fitted,
+    edits: Mapping[str, Sequence[Edit]],
+) -> dict[str, Tensor]:
+    """What the edited matrices read on some fitting prompts and texts, where a rounding asks."""
+    assert ready.recipe.export.gguf is not None
+    if ready.recipe.export.gguf.edited_type not in ("auto", "same"):
+        return {}
+    prompts = [model.render(one.text) for role in ready.part("fit", SHOWN).values() for one in role]
+    texts = [model.tokenizer(one.text, add_special_tokens=False) for one in ready.texts.fit[:SHOWN]]
+    prompts += [one.input_ids[:PASSAGE_TOKENS] for one in texts]
+    return input_moments(model, fitted.interventions, base, edits, prompts)
 
 
 def _patch(
-    ready: Prepared, base: GGUFFile, edits: Mapping[str, Sequence[Edit]], output: Path
+    ready: Prepared,
+    base: GGUFFile,
+    edits: Mapping[str, Sequence[Edit]],
+    inputs: Mapping[str, Tensor],
+    output: Path,
 ) -> tuple[PatchedTensor, ...]:
     assert ready.recipe.export.gguf is not None
-    kind = GGMLQuantizationType[ready.recipe.export.gguf.edited_type.upper()]
+    asked = ready.recipe.export.gguf.edited_type
+    kind: EditedType = (
+        asked if asked == "auto" or asked == "same" else GGMLQuantizationType[asked.upper()]
+    )
     size = sum(tensor.nbytes for tensor in base.tensors.values())
     with progress("gguf", size) as update:
         patched = patch_gguf(
             *(ready.plan, ready.arch, ready.base.config, base, edits, output),
             edited_type=kind,
+            inputs=inputs,
             progress=update,
         )
     for one in patched:
         if one.surviving_share < SURVIVING:
             raise VerificationError(
                 f"{output.name}: {one.name}: {one.surviving_share:.0%} of the edit survives in "
-                f"{one.written_type.name}; set export.gguf.edited_type to f16"
+                f"{one.written_type.name}; set export.gguf.edited_type to auto"
             )
     return patched
 
@@ -320,7 +388,7 @@ def _record(
     save_directions(fitted.directions, staging / DIRECTIONS)
     inputs = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
     if ready.gguf:
-        inputs.append(ready.gguf.path)
+        inputs += [part.path for part in ready.gguf.files]
     content = {
         "format": 1,
         "name": recipe.name,
@@ -359,10 +427,16 @@ def _record(
                 "written_type": one.written_type.name,
                 "surviving_share": one.surviving_share,
                 "noise": one.noise,
+                "by_inputs": one.by_inputs,
+                "feedback": one.feedback,
                 "residual": one.residual,
             }
             for one in written.patched
         ],
+        "gguf_bounds": {
+            "auto": {"surviving_share": LEAST_SHARE, "noise": MOST_NOISE},
+            "same": {"noise": MOST_NOISE_SAME},
+        },
         "measured": measured.as_json(),
         "guard": recipe.guard.model_dump(),
         "outputs": {

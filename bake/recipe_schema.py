@@ -387,14 +387,39 @@ class Gate(_Section):
     )
 
 
+EditedTypeName = Literal[
+    "auto",
+    "same",
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k",
+    "q5_1",
+    "q5_0",
+    "q4_k",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+    "iq4_xs",
+    "mxfp4",
+    "q3_k",
+    "iq3_s",
+    "q2_k",
+]
+
+
 class GGUFExport(_Section):
     """A GGUF file, written by patching one of the same model."""
 
     base: Text = Field(
         default="demo", description="`demo`, or the path of a GGUF of the same model."
     )
-    edited_type: Literal["q8_0", "f16", "bf16", "f32"] = Field(
-        default="q8_0", description="The type of the edited matrices; the others keep theirs."
+    edited_type: EditedTypeName = Field(
+        default="q8_0",
+        description="The type of the edited matrices; the others keep theirs. `auto` is the "
+        "smallest that keeps the edit, `same` the base's own or a refusal.",
     )
 
 
@@ -405,6 +430,16 @@ class Export(_Section):
         default=True, description="Whether a safetensors checkpoint is written."
     )
     gguf: GGUFExport | None = Field(default=None, description="The GGUF file to write, or null.")
+    adapters: Annotated[tuple[Literal["peft", "gguf"], ...], Field(strict=False)] = Field(
+        default=(),
+        description="LoRAs of the same edits to write beside it: for PEFT and vLLM, for llama.cpp "
+        "and Ollama (with the base GGUF).",
+    )
+    control_vector: bool = Field(
+        default=False,
+        description="Whether a control vector for llama.cpp is written, of edits that only add "
+        "after blocks.",
+    )
 
 
 class ThinkingMarks(_Section):
@@ -598,6 +633,16 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
     fit, export = recipe.fit, recipe.export
     if not export.safetensors and export.gguf is None:
         yield ("export",), "nothing is exported; set safetensors: true or give a gguf"
+    if "gguf" in export.adapters and export.gguf is None:
+        yield ("export", "adapters"), "a LoRA for llama.cpp is of a GGUF; give export.gguf"
+    kept = (one.op == "ablate" and "norm-preserving" in one.variant for one in recipe.edits)
+    if export.adapters and any(kept):
+        message = "a norm-preserving ablation is of full rank, and a LoRA is not; leave one out"
+        yield ("export", "adapters"), message
+    steered = all(one.op == "add" and one.site == "out" and one.layer for one in recipe.edits)
+    if export.control_vector and not steered:
+        message = "llama.cpp adds it after blocks from 1 on; leave it out, or use add, site: out"
+        yield ("export", "control_vector"), message
     if "llama.cpp" in recipe.evaluate.runtimes and export.gguf is None:
         remedy = "set export.gguf, or evaluate.runtimes to [transformers]"
         yield ("evaluate", "runtimes"), f"llama.cpp answers from a GGUF and none is made; {remedy}"

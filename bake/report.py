@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from bake.evaluate import breaches, rates, runtime_gaps
+from bake.gguf_file import part_names, parts_named
 from bake.judge import UNREAD, Verdict
 from bake.measure import Measured
 from bake.recipe import LoadedRecipe, Recipe
@@ -47,7 +48,9 @@ def serve_lines(recipe: Recipe, folder: Path) -> str:
     if not recipe.export.safetensors:
         by_runtime.clear()
     if recipe.export.gguf:
-        by_runtime["llama.cpp"] = f"llama-server -m {folder / recipe.name}.gguf --jinja"
+        parts = parts_named(Path(recipe.export.gguf.base))
+        gguf = part_names(folder / f"{recipe.name}.gguf", parts)[0]
+        by_runtime["llama.cpp"] = f"llama-server -m {gguf} --jinja"
         by_runtime["ollama"] = (
             f"ollama create {recipe.name} -f {model_file} && ollama run {recipe.name}"
         )

@@ -50,7 +50,7 @@ def snapshot(
         "inputs": {
             "config.json": file_hash(base.folder / "config.json"),
             "headers": {shard.file.name: _shard_header(shard.file) for shard in base.shards},
-            "gguf_header": _hash_of_start(gguf.path, gguf.data_start) if gguf else None,
+            "gguf_header": _gguf_headers(gguf) if gguf else None,
             "prompts": {role: dict(parts) for role, parts in prompts.items()},
             "directions": directions,
         },
@@ -138,6 +138,15 @@ def _shard_header(path: Path) -> str:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     return _hash_of_start(path, 8 + length)
+
+
+def _gguf_headers(gguf: GGUFFile) -> str:
+    """SHA-256 of a GGUF's header, or of those of all its parts."""
+    digest = hashlib.sha256()
+    for part in gguf.files:
+        with part.path.open("rb") as stream:
+            digest.update(stream.read(part.data_start))
+    return digest.hexdigest()
 
 
 def _hash_of_start(path: Path, length: int) -> str:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bake.checkpoint import Checkpoint
 from bake.demo import Demo
+from bake.directions import load_directions
 from bake.errors import GuardError, VerificationError
 from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
@@ -26,6 +27,8 @@ SMALL = (
     "verify.prompts=4",
     "guard={protected_drop: 100, lookalike_rise: 100, general_rise: 100, runtime_gap: 100}",
 )
+# The shipped recipe names q8_0.
+FULL = ("export.adapters=[peft, gguf]", "export.gguf.edited_type=auto")
 ADD = "edits=[{op: add, layer: 15, strength: -1}]"
 
 
@@ -46,7 +49,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def baked(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield bake(small(tmp_path_factory.mktemp("baked") / "out"))
+    yield bake(small(tmp_path_factory.mktemp("baked") / "out", *FULL))
 
 
 def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> None:
@@ -59,13 +62,22 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         "answers.jsonl",
         "config.json",
         "model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
         "political-open.gguf",
+        "political-open.lora.gguf",
         "steering/directions.safetensors",
         "tokenizer.json",
     }
     assert differences(baked, read_outputs(baked)) == []
     assert len(manifest["residuals"]) == len(manifest["gguf"]) == len(manifest["plan"]["edits"])
-    assert all(one["surviving_share"] > 0.98 for one in manifest["gguf"])
+    for one in manifest["gguf"]:
+        assert one["by_inputs"]
+        assert one["surviving_share"] >= manifest["gguf_bounds"]["auto"]["surviving_share"]
+        assert one["noise"] <= manifest["gguf_bounds"]["auto"]["noise"]
+    parity = manifest["measured"]["parity"]
+    for runtime in ("llama.cpp", "llama.cpp, the LoRA on the base GGUF"):
+        assert parity[runtime]["lost_share"] < 0.1
     assert manifest["measured"]["parity"]["transformers"]["lost_share"] < 1e-4
 
 
@@ -113,7 +125,7 @@ def test_stock_classes_and_llama_cpp_begin_other_answers(baked: Path, demo: Demo
 
 
 def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None:
-    again = bake(small(tmp_path / "again"))
+    again = bake(small(tmp_path / "again", *FULL))
     names = files(baked)
     assert names == files(again)
     for name in sorted(names):
@@ -140,7 +152,7 @@ def test_lost_parity_publishes_nothing(baked: Path, tmp_path: Path) -> None:
 
 def test_an_added_vector_matches_llama_cpps_control_vector(baked: Path, tmp_path: Path) -> None:
     """`add` through the bias, in both formats; for the second the reference is llama.cpp's own."""
-    folder = bake(added(baked, tmp_path / "out"))
+    folder = bake(added(baked, tmp_path / "out", "export.control_vector=true"))
     parity = json.loads((folder / "bake.json").read_text())["measured"]["parity"]
     assert parity["transformers"]["lost_share"] < 1e-4
     assert parity["llama.cpp, its own control vector"]["lost_share"] < 1e-2
@@ -148,6 +160,9 @@ def test_an_added_vector_matches_llama_cpps_control_vector(baked: Path, tmp_path
     assert config["mlp_bias"] is True
     gguf = GGUFFile.open(folder / "political-open.gguf")
     assert [name for name in gguf.tensors if name.endswith("bias")] == ["blk.15.ffn_down.bias"]
+    beside = load_directions(folder / "political-open.vector.gguf")
+    assert beside.layers == (15,)
+    assert torch.equal(beside.vectors[15], gguf.read("blk.15.ffn_down.bias"))
 
 
 def test_an_inserted_block_matches_llama_cpps_control_vector(

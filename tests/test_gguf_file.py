@@ -213,7 +213,10 @@ HOSTILE = {
     "alignment 48": (extra("general.alignment", U32, struct.pack("<I", 48)), "is 48, not a power"),
     "alignment huge": (extra("general.alignment", U32, struct.pack("<I", 1 << 31)), "power of two"),
     "alignment a string": (extra("general.alignment", TEXT, text("32")), "type STRING"),
-    "split": (extra("split.count", GGUFValueType.UINT16, struct.pack("<H", 3)), "3 parts"),
+    "split": (
+        extra("split.count", GGUFValueType.UINT16, struct.pack("<H", 3)),
+        "one of 3 parts (number None, from 0)",
+    ),
     "tensor twice": (whole(tensors=(tensor(), tensor(offset=256))), "is there twice"),
     "tensor name empty": (whole(tensors=(tensor(""),)), "empty"),
     "tensor name too long": (whole(tensors=(tensor("x" * 64),)), "claims 64 bytes"),

@@ -19,7 +19,8 @@ from gguf import GGMLQuantizationType, GGUFReader
 from bake.directions import Directions, load_directions, save_directions
 from bake.edits import AddVector, CreatedTensor, LowRank
 from bake.errors import ArchitectureError, GGUFError, InputError, PromptError
-from bake.export.gguf import compare, patch
+from bake.export.compare import compare
+from bake.export.gguf import patch
 from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
 

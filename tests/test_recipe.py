@@ -210,13 +210,14 @@ def test_three_mistakes_give_three_lines_with_positions(tmp_path: Path) -> None:
         "guard:\n"
         "  protected_drop: lots\n"
         "export:\n"
-        "  gguf: {edited_type: q4_0}\n"
+        "  gguf: {edited_type: q9_0}\n"
     )
     assert mistakes(tmp_path, text) == [
         "mine.yaml:7:5: edits.0.strenght: unknown key 'strenght'; did you mean 'strength'?",
         "mine.yaml:9:19: guard.protected_drop: expected a number, found text 'lots'",
-        "mine.yaml:11:23: export.gguf.edited_type: expected q8_0, f16, bf16 or f32, "
-        "found text 'q4_0'; did you mean 'q8_0'?",
+        "mine.yaml:11:23: export.gguf.edited_type: expected auto, same, f32, f16, bf16, "
+        "q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, iq3_s or "
+        "q2_k, found text 'q9_0'; did you mean 'q8_0'?",
     ]
 
 
@@ -396,6 +397,43 @@ def test_no_edits_and_no_exports(tmp_path: Path) -> None:
         "set export.gguf, or evaluate.runtimes to [transformers]",
         "mine.yaml:2:9: export: nothing is exported; set safetensors: true or give a gguf",
     ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "export", "expected"),
+    [
+        (
+            "{op: ablate, layers: 3}",
+            "{adapters: [gguf]}",
+            "adapters: a LoRA for llama.cpp is of a GGUF; give export.gguf",
+        ),
+        (
+            "{op: ablate, layers: 3, variant: norm-preserving}",
+            "{adapters: [peft]}",
+            "adapters: a norm-preserving ablation is of full rank, and a LoRA is not; "
+            "leave one out",
+        ),
+        *(
+            (
+                edit,
+                "{control_vector: true}",
+                "control_vector: llama.cpp adds it after blocks from 1 on; leave it out, or use "
+                "add, site: out",
+            )
+            for edit in (
+                "{op: ablate, layers: 3}",
+                "{op: add, layer: 0, strength: 1}",
+                "{op: add, layer: 3, strength: 1, site: mid}",
+            )
+        ),
+    ],
+)
+def test_what_stands_beside_a_base_has_bounds(
+    tmp_path: Path, edit: str, export: str, expected: str
+) -> None:
+    text = f"{PLAIN}edits: [{edit}]\nexport: {export}\n"
+    (found,) = mistakes(tmp_path, text)
+    assert found.endswith(f": export.{expected}")
 
 
 def test_an_alias_in_itself(tmp_path: Path) -> None:

@@ -1,52 +1,52 @@
 """Patch a GGUF file: edits on some tensors, new biases and blocks, the rest byte for byte.
 
 A quantised weight lies on its lattice, so an edit below half a step rounds back when
-it is written in the base's own 4-bit type; an edited matrix is therefore written in a
-type of at least 8 bits, and what survived of the edit is measured from the output.
+it is written in the base's own 4-bit type; what an edited matrix is written in is chosen by what
+survives of the edit (`bake.export.requantise`), measured from the bytes of the output.
 
-The output is written with its header last: until then it is no GGUF at all. The order
+A split model is written in as many parts, each tensor in the part that it was in. The output is
+written with its header last: until then it is no GGUF at all. The order
 and alignment of the data follow gguf-py's `gguf_writer.py` (`write_tensors_to_file`).
 """
 
-import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
 
-import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import quantize
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from bake.edits import CreatedTensor, Edit, apply_all
 from bake.errors import GGUFError, OutputError, VerificationError
+from bake.export.gguf_bytes import Files, copy, open_base, packed_string, pairs_of_part, span_of
+from bake.export.lattice import find_lattice
+from bake.export.requantise import (
+    FLOATS,
+    MOST_NOISE_SAME,
+    Change,
+    EditedType,
+    Survival,
+    Way,
+    ways,
+)
+from bake.ggml import LARGEST, WRITABLE, needs_importance, row_bytes
 from bake.gguf_file import (
     MAGIC,
     MAX_DIMENSIONS,
     MAX_NAME,
-    SCALARS,
     GGUFFile,
     GGUFTensor,
-    Span,
     padded,
+    part_names,
     read_tensor,
 )
 
-__all__ = ["WRITABLE_TYPES", "PatchedTensor", "compare", "packed_pair", "patch", "written_type"]
+__all__ = ["PatchedTensor", "patch"]
 
-F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
-WRITABLE_TYPES = (F32, F16, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
-"""What `gguf.quants.quantize` writes with at least 8 bits a weight (gguf/quants.py)."""
-
-_FLOATS = WRITABLE_TYPES[:3]
-_CHUNK = 1 << 23
 _PREAMBLE = struct.Struct("<4sIQQ")
 
 
@@ -54,10 +54,10 @@ _PREAMBLE = struct.Struct("<4sIQQ")
 class PatchedTensor:
     """How one tensor was written, measured from the bytes of the output.
 
-    With dW the edit in float32 and dW' what the output differs from the base by:
-    `surviving_share` is <dW', dW> / <dW, dW>, 1 is all of it; `noise` is
-    |dW' - dW| / |dW|; `residual` is the largest of the edits' own residuals, each
-    alone on the base with the writing error dW' - dW of all of them laid on it. A new
+    `surviving_share` and `noise` are those of `bake.export.requantise`, weighted `by_inputs`
+    where their second moment was given; with `feedback` roundings made good each other.
+    `residual` is the largest of the edits' own residuals, each
+    alone on the base with the writing error of all of them laid on it. A new
     tensor has no `base_type`.
     """
 
@@ -67,16 +67,32 @@ class PatchedTensor:
     surviving_share: float
     noise: float
     residual: float
+    by_inputs: bool = False
+    feedback: bool = False
 
 
 @dataclass(frozen=True)
-class _Files:
-    """The base and the output, both open: what is copied from where to where."""
+class _Asked:
+    """What `patch` is asked for."""
 
     base: GGUFFile
-    source: BinaryIO
-    output: Path
-    target: BinaryIO
+    edits: Mapping[str, Sequence[Edit]]
+    edited_type: EditedType
+    created: Mapping[str, CreatedTensor]
+    renamed: Mapping[str, str]
+    inputs: Mapping[str, Tensor]
+    progress: Callable[[int], None]
+
+    def names(self, part: GGUFFile) -> list[str]:
+        """The tensors of a part of the output, in order, by their names in the base."""
+        follow: dict[str, list[str]] = {}
+        for tensor in self.created.values():
+            follow.setdefault(tensor.beside, []).append(tensor.name)
+        return [each for name in part.tensors for each in (name, *follow.get(name, ()))]
+
+    def written(self, name: str) -> str:
+        """The name that a tensor is written under."""
+        return self.renamed.get(name, name)
 
 
 def patch(
@@ -84,157 +100,68 @@ def patch(
     edits: Mapping[str, Sequence[Edit]],
     output: Path,
     *,
-    edited_type: GGMLQuantizationType,
+    edited_type: EditedType,
     created: Sequence[CreatedTensor] = (),
     renamed: Mapping[str, str] = MappingProxyType({}),
     pairs: Mapping[str, bytes] = MappingProxyType({}),
-    progress: Callable[[int], None] | None = None,
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
+    progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[PatchedTensor, ...]:
     """Write `base` with its edited and created tensors to the new file `output`.
 
+    A split base is written to `part_names` of `output`, and its metadata to the first of them.
     Keys are GGUF names, as they are before `renamed` has those that are written where they
     are others. Edits act on the float32 tensor in torch order and compose
-    in the given order; the result is written as `written_type` says, or copied when
-    it equals the base. Created tensors, F32 or F16, may be edited too, and go right behind
-    the tensor `beside` them. `pairs` are keys with their value in bytes, as `packed_pair`
-    makes them: they replace those of the base, or are appended. One tensor is in memory at a time.
-    `progress` receives the number of bytes of tensors written since its last call.
+    in the given order; the result is written in the first of `ways` that keeps it, or copied
+    when it equals the base. `inputs` are the second moments [columns, columns] of what edited
+    matrices read, where they are known. Created tensors, F32 or F16, may be edited too, and go
+    right behind the tensor `beside` them. `pairs` are keys with their value in bytes, as
+    `packed_pair` makes them: they replace those of the base, or are appended. One tensor is in
+    memory at a time. `progress` receives the number of bytes of tensors written since its last
+    call.
 
     Returns a measurement of every edited and created tensor, in file order and by the
     name written. Raises `GGUFError` when the base lacks what is edited or has what is
-    created, and `OutputError` when the output exists or cannot be written.
+    created, `OutputError` when the output exists or cannot be written, and
+    `VerificationError` when `same` does not keep an edit.
     """
     _check(base, edits, edited_type, created, renamed)
     new = {tensor.name: tensor for tensor in created}
-    names = _order(base, created)
-    written = {name: renamed.get(name, name) for name in names}
-    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    shapes |= {name: tensor.shape for name, tensor in new.items()}
-    listing_size = sum(
-        8 + len(written[name].encode()) + 4 + 8 * len(shapes[name]) + 12 for name in names
-    )
-    metadata = [pairs.get(key, span) for key, span in base.pairs.items()]
-    metadata += [pair for key, pair in pairs.items() if key not in base.pairs]
-    metadata_size = sum(len(one) if isinstance(one, bytes) else one.nbytes for one in metadata)
-    head_size = _PREAMBLE.size + metadata_size + listing_size
-    data_start = end = padded(head_size, base.alignment)
-    placed: list[GGUFTensor] = []
+    asked = _Asked(base, edits, edited_type, new, renamed, inputs, progress)
+    outputs = part_names(output, len(base.files))
     measured: list[PatchedTensor] = []
-    try:
-        with _open(base.path) as source, output.open("x+b") as target:
-            files = _Files(base, source, output, target)
-            for name in names:
-                if name in new:
-                    record, report = _create(files, end, new[name], edits.get(name, ()))
-                    measured.append(replace(report, name=written[name]))
-                elif edits.get(name):
-                    record, report = _edit(files, end, name, edits[name], edited_type)
-                    measured.append(replace(report, name=written[name]))
-                else:
-                    record = replace(base.tensors[name], offset=end)
-                    _copy(files, _span(base.tensors[name]), end)
-                placed.append(replace(record, name=written[name]))
-                end = padded(end + record.nbytes, base.alignment)
-                if progress is not None:
-                    progress(record.nbytes)
-            target.truncate(end)
-            place = _PREAMBLE.size
-            for one in metadata:
-                if isinstance(one, bytes):
-                    target.seek(place)
-                    target.write(one)
-                    place += len(one)
-                else:
-                    _copy(files, one, place)
-                    place += one.nbytes
-            target.seek(place)
-            target.write(b"".join(_listed(tensor, data_start) for tensor in placed))
-            target.seek(0)
-            target.write(_PREAMBLE.pack(MAGIC, base.version, len(placed), len(metadata)))
-            target.flush()
-            os.fsync(target.fileno())
-    except FileExistsError as error:
-        raise OutputError(f"{output}: exists already; choose another path or remove it") from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"{output}: cannot be written: {reason}; check the folder and its free space"
-        ) from error
-    if list(GGUFFile.open(output).tensors.values()) != placed:
-        raise VerificationError(f"{output}: its header does not list the tensors as written")
+    placed: list[GGUFTensor] = []
+    for number, (part, path) in enumerate(zip(base.files, outputs, strict=True)):
+        changed = pairs_of_part(base, number, pairs, len(created))
+        try:
+            with open_base(part.path) as source, path.open("x+b") as target:
+                files = Files(part.path, source, path, target)
+                found, reports = _write_part(asked, part, files, changed)
+        except FileExistsError as error:
+            raise OutputError(
+                f"{path}: exists already; choose another path or remove it"
+            ) from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutputError(
+                f"{path}: cannot be written: {reason}; check the folder and its free space"
+            ) from error
+        placed += [replace(tensor, part=number) for tensor in found]
+        measured += reports
+    if list(GGUFFile.open(outputs[0]).tensors.values()) != placed:
+        raise VerificationError(f"{outputs[0]}: its header does not list the tensors as written")
     return tuple(measured)
-
-
-def written_type(tensor: GGUFTensor, edited_type: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Return the type that an edit of `tensor` is written in.
-
-    Floating-point tensors and vectors keep their type; F16 stands in when the rows do
-    not divide into the blocks of `edited_type`.
-    """
-    if tensor.type in _FLOATS or len(tensor.shape) < 2:
-        return tensor.type
-    block, _ = GGML_QUANT_SIZES[edited_type]
-    return F16 if tensor.shape[-1] % block else edited_type
-
-
-def compare(
-    base: GGUFFile,
-    patched: GGUFFile,
-    touched: AbstractSet[str],
-    renamed: Mapping[str, str] = MappingProxyType({}),
-    pairs: Mapping[str, bytes] = MappingProxyType({}),
-) -> Mapping[str, str]:
-    """Return the sha256 of every tensor outside `touched`, in file order; both files agree on it.
-
-    `renamed` and `pairs` are those of `patch`. Names are those of the base; the hashes have
-    those of the patched file. Raises `VerificationError` when such a tensor differs in type,
-    shape or bytes, when a tensor of the base or of `touched` is missing, when there is another
-    new one, or when a metadata pair is not the base's, or the one of `pairs`.
-    """
-    for key in sorted(base.pairs.keys() | pairs.keys()):
-        if key not in patched.pairs:
-            raise VerificationError(f"{patched.path}: lost the metadata key {key!r}")
-        now = _digest(patched.path, patched.pairs[key])
-        if key in pairs:
-            wanted = hashlib.sha256(pairs[key]).hexdigest()
-        else:
-            wanted = _digest(base.path, base.pairs[key])
-        if now != wanted:
-            raise VerificationError(f"{patched.path}: the metadata of {key!r} changed")
-    planned = {renamed.get(name, name) for name in base.tensors.keys() | touched}
-    for name in sorted(planned - patched.tensors.keys()):
-        raise VerificationError(f"{patched.path}: lost the tensor {name!r}")
-    for name in sorted(patched.tensors.keys() - planned):
-        raise VerificationError(f"{patched.path}: has a tensor that was not planned, {name!r}")
-    hashes: dict[str, str] = {}
-    for old, before in base.tensors.items():
-        if old in touched:
-            continue
-        name = renamed.get(old, old)
-        after = patched.tensors[name]
-        if (before.type, before.shape) != (after.type, after.shape):
-            was, now = (f"{t.type.name} {list(t.shape)}" for t in (before, after))
-            raise VerificationError(f"{patched.path}: tensor {name!r} was {was} and is {now}")
-        hashes[name] = _digest(base.path, _span(before))
-        if _digest(patched.path, _span(after)) != hashes[name]:
-            raise VerificationError(f"{patched.path}: tensor {name!r} changed without an edit")
-    return MappingProxyType(hashes)
 
 
 def _check(
     base: GGUFFile,
     edits: Mapping[str, Sequence[Edit]],
-    edited_type: GGMLQuantizationType,
+    edited_type: EditedType,
     created: Sequence[CreatedTensor],
     renamed: Mapping[str, str],
 ) -> None:
     """Refuse whatever can be refused before a byte is written."""
-    if edited_type not in WRITABLE_TYPES:
-        allowed = ", ".join(kind.name.lower() for kind in WRITABLE_TYPES)
-        raise GGUFError(
-            f"edited tensors cannot be written as {GGMLQuantizationType(edited_type).name}: "
-            f"it would lose the edit or cannot be written; choose one of {allowed}"
-        )
+    _check_type(edited_type)
     new = {tensor.name for tensor in created}
     for name in edits.keys() - new:
         if name not in base.tensors:
@@ -242,12 +169,8 @@ def _check(
                 f"{base.path}: has no tensor {name!r} to edit; "
                 f"check that it is the {base.architecture} model you mean"
             )
-        kind = written_type(base.tensors[name], edited_type)
-        if edits[name] and kind not in WRITABLE_TYPES:
-            raise GGUFError(
-                f"{base.path}: the vector {name!r} is of type {kind.name}, which cannot be "
-                "written; start from a file that keeps its vectors in F32"
-            )
+        if edits[name]:
+            _check_way(base, base.tensors[name], edited_type)
     for tensor in created:
         name = tensor.name
         if name in base.tensors:
@@ -261,37 +184,152 @@ def _check(
             raise GGUFError(f"{name!r} is no tensor name: GGUF allows 1 to {MAX_NAME} bytes")
 
 
-def _order(base: GGUFFile, created: Sequence[CreatedTensor]) -> list[str]:
-    follow: dict[str, list[str]] = {}
-    for tensor in created:
-        follow.setdefault(tensor.beside, []).append(tensor.name)
-    return [each for name in base.tensors for each in (name, *follow.get(name, ()))]
+def _check_type(edited_type: EditedType) -> None:
+    """Refuse a type that ggml does not write, or not without an importance matrix."""
+    if not isinstance(edited_type, GGMLQuantizationType):
+        return
+    if edited_type not in WRITABLE:
+        allowed = ", ".join(kind.name.lower() for kind in WRITABLE if not needs_importance(kind))
+        raise GGUFError(
+            f"edited tensors cannot be written as {edited_type.name}; "
+            f"choose auto, same, or one of {allowed}"
+        )
+    if needs_importance(edited_type):
+        raise GGUFError(
+            f"edited tensors cannot be written as {edited_type.name}, which needs an importance "
+            "matrix; choose auto"
+        )
 
 
-def _edit(
-    files: _Files,
-    offset: int,
-    name: str,
-    edits: Sequence[Edit],
-    edited_type: GGMLQuantizationType,
-) -> tuple[GGUFTensor, PatchedTensor]:
+def _check_way(base: GGUFFile, tensor: GGUFTensor, edited_type: EditedType) -> None:
+    name, own = tensor.name, tensor.type.name
+    if len(tensor.shape) < 2 and tensor.type not in FLOATS:
+        raise GGUFError(
+            f"{base.path}: the vector {name!r} is of type {own}, which cannot be "
+            "written; start from a file that keeps its vectors in F32"
+        )
+    way = ways(tensor, edited_type)[0]
+    if way.feedback and find_lattice(way.kind) is None:
+        raise GGUFError(
+            f"{base.path}: tensor {name!r} is of type {own}, in which several weights share a "
+            "code, so an edit cannot be rounded weight by weight; choose auto in place of same"
+        )
+
+
+def _write_part(
+    asked: _Asked, part: GGUFFile, files: Files, pairs: Mapping[str, bytes]
+) -> tuple[list[GGUFTensor], list[PatchedTensor]]:
+    """Write one file; return its tensors as they lie there, and how the touched ones are."""
+    target, names = files.target, asked.names(part)
+    shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
+    shapes |= {name: tensor.shape for name, tensor in asked.created.items()}
+    listing_size = sum(
+        8 + len(asked.written(name).encode()) + 4 + 8 * len(shapes[name]) + 12 for name in names
+    )
+    metadata = [pairs.get(key, span) for key, span in part.pairs.items()]
+    metadata += [pair for key, pair in pairs.items() if key not in part.pairs]
+    metadata_size = sum(len(one) if isinstance(one, bytes) else one.nbytes for one in metadata)
+    data_start = end = padded(_PREAMBLE.size + metadata_size + listing_size, part.alignment)
+    placed: list[GGUFTensor] = []
+    measured: list[PatchedTensor] = []
+    for name in names:
+        if name in asked.created:
+            record, report = _create(files, end, asked.created[name], asked.edits.get(name, ()))
+        elif asked.edits.get(name):
+            record, report = _edit(asked, files, end, name)
+        else:
+            record, report = replace(part.tensors[name], offset=end), None
+            copy(files, span_of(part.tensors[name]), end)
+        if report:
+            measured.append(replace(report, name=asked.written(name)))
+        placed.append(replace(record, name=asked.written(name)))
+        end = padded(end + record.nbytes, part.alignment)
+        asked.progress(record.nbytes)
+    target.truncate(end)
+    place = _PREAMBLE.size
+    for one in metadata:
+        if isinstance(one, bytes):
+            target.seek(place)
+            target.write(one)
+            place += len(one)
+        else:
+            copy(files, one, place)
+            place += one.nbytes
+    target.seek(place)
+    target.write(b"".join(_listed(tensor, data_start) for tensor in placed))
+    target.seek(0)
+    target.write(_PREAMBLE.pack(MAGIC, part.version, len(placed), len(metadata)))
+    target.flush()
+    os.fsync(target.fileno())
+    return placed, measured
+
+
+def _edit(asked: _Asked, files: Files, offset: int, name: str) -> tuple[GGUFTensor, PatchedTensor]:
     """Write one edited tensor at `offset`, read it back and measure it."""
-    old = files.base.tensors[name]
-    before = files.base.read(name)
+    base, edits = asked.base, asked.edits[name]
+    old = replace(base.tensors[name], part=0)
+    before = base.read(name)
+    if not torch.isfinite(before).all():
+        raise GGUFError(
+            f"{base.path_of(base.tensors[name])}: tensor {name!r} holds what is no number; "
+            "download it or convert it again"
+        )
     edited = before
     for edit in edits:
-        edited = _apply(files.base, old, edit, edited)
+        edited = _apply(base, old, edit, edited)
     if torch.equal(edited, before):
-        _copy(files, _span(old), offset)
-        new = replace(old, offset=offset)
+        copy(files, span_of(old), offset)
+        new, way, found = replace(old, offset=offset), Way(old.type), Survival(1.0, 0.0)
     else:
-        new = _write(files.target, offset, name, edited, written_type(old, edited_type))
-    error = _error(files, new, edited)
-    # One edit may undo another's invariant on purpose, or find nothing left to remove;
-    # the writing error of the composition is what can break any of them.
-    residual = max(edit.residual(before, edit.apply(before) + error) for edit in edits)
-    share, noise = _survival(error, edited - before)
-    return new, PatchedTensor(name, old.type, new.type, share, noise, residual)
+        _check_finite(files, name, edited, old.type)
+        columns = old.shape[-1] if old.shape else 1
+        rows = before.reshape(-1, columns), edited.reshape(-1, columns)
+        change = Change(files.path, old, *rows, asked.inputs.get(name))
+        new, way, found = _requantise(files, offset, change, asked)
+    after = read_tensor(files.output, new)
+    _check_finite(files, name, after, new.type)
+    if len(edits) == 1:
+        residual = edits[0].residual(before, after)
+    else:
+        # One edit may undo another's invariant on purpose, or find nothing left to remove;
+        # the writing error of the composition is what can break any of them.
+        error = after.sub_(edited)
+        residual = max(edit.residual(before, edit.apply(before) + error) for edit in edits)
+    measured = (found.share, found.noise, residual, name in asked.inputs, way.feedback)
+    return new, PatchedTensor(name, old.type, new.type, *measured)
+
+
+def _requantise(
+    files: Files, offset: int, change: Change, asked: _Asked
+) -> tuple[GGUFTensor, Way, Survival]:
+    """Write a change in the first way that keeps it, or in the last one."""
+    possible = ways(change.tensor, asked.edited_type, change.gram is not None)
+    if max(map(abs, change.after.aminmax())) > LARGEST:
+        possible = tuple(way for way in possible if way.kind in FLOATS)
+        if not possible:
+            kind = ways(change.tensor, asked.edited_type)[0].kind
+            raise _not_finite(files, change.tensor.name, kind)
+    for way in possible:
+        last = way is possible[-1]
+        if not last and change.hopeless(way):
+            continue
+        files.target.seek(offset)
+        for stored in change.encoded(way):
+            files.target.write(stored.data)
+        files.target.flush()
+        rows, columns = change.after.shape
+        nbytes = rows * row_bytes(way.kind, columns)
+        new = replace(change.tensor, type=way.kind, offset=offset, nbytes=nbytes)
+        found = change.survival(files.output, new)
+        if last or found.good:
+            break
+    if asked.edited_type == "same" and way.feedback and not found.noise <= MOST_NOISE_SAME:
+        raise VerificationError(
+            f"{files.output}: {change.tensor.name}: of the edit {found.share:.0%} survives in "
+            f"{way.kind.name}, with noise of {found.noise:.0%} where same allows "
+            f"{MOST_NOISE_SAME:.0%}; set export.gguf.edited_type to auto"
+        )
+    return new, way, found
 
 
 def _apply(base: GGUFFile, tensor: GGUFTensor, edit: Edit, weight: Tensor) -> Tensor:
@@ -312,130 +350,45 @@ def _apply(base: GGUFFile, tensor: GGUFTensor, edit: Edit, weight: Tensor) -> Te
 
 
 def _create(
-    files: _Files, offset: int, tensor: CreatedTensor, edits: Sequence[Edit]
+    files: Files, offset: int, tensor: CreatedTensor, edits: Sequence[Edit]
 ) -> tuple[GGUFTensor, PatchedTensor]:
     """Write one new tensor at `offset`, read it back and measure it."""
     kind = GGMLQuantizationType[tensor.dtype]
     wanted = apply_all(edits, tensor.filled())
-    new = _write(files.target, offset, tensor.name, wanted, kind)
-    share, noise = _survival(_error(files, new, wanted), wanted)
-    return new, PatchedTensor(tensor.name, None, kind, share, noise, residual=noise)
-
-
-def _error(files: _Files, tensor: GGUFTensor, wanted: Tensor) -> Tensor:
-    """Return what the output holds for `tensor`, less what was wanted."""
+    _check_finite(files, tensor.name, wanted, kind)
+    rows = wanted.reshape(-1, tensor.shape[-1])
+    nbytes = rows.shape[0] * row_bytes(kind, rows.shape[1])
+    new = GGUFTensor(tensor.name, kind, tensor.shape, offset, nbytes)
+    change = Change(files.output, new, torch.zeros_like(rows), rows, None)
+    files.target.seek(offset)
+    for stored in change.encoded(Way(kind)):
+        files.target.write(stored.data)
     files.target.flush()
-    error = read_tensor(files.output, tensor).sub_(wanted)
-    if not torch.isfinite(error).all():
-        raise GGUFError(
-            f"{files.output}: tensor {tensor.name!r} is not finite as {tensor.type.name}; "
-            "weaken the edit or choose a wider type"
-        )
-    return error
+    found = change.survival(files.output, new)
+    if not found.noise < torch.inf:
+        raise _not_finite(files, tensor.name, kind)
+    return new, PatchedTensor(tensor.name, None, kind, found.share, found.noise, found.noise)
 
 
-def _survival(error: Tensor, wanted: Tensor) -> tuple[float, float]:
-    """Return <dW', dW> / <dW, dW> and |dW' - dW| / |dW|, of dW' = `wanted` + `error`."""
-    power = _dot(wanted, wanted)
-    if not power:
-        return 1.0, 0.0
-    return 1 + _dot(error, wanted) / power, (_dot(error, error) / power) ** 0.5
+def _check_finite(files: Files, name: str, tensor: Tensor, kind: GGMLQuantizationType) -> None:
+    if not torch.isfinite(tensor).all():
+        raise _not_finite(files, name, kind)
 
 
-def _write(
-    target: BinaryIO, offset: int, name: str, weight: Tensor, kind: GGMLQuantizationType
-) -> GGUFTensor:
-    """Write a tensor as `kind` at `offset`; what overflows becomes infinite and is found later."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        stored = quantize(weight.detach().cpu().contiguous().numpy(), kind)
-    target.seek(offset)
-    target.write(stored.data)
-    return GGUFTensor(name, kind, tuple(weight.shape), offset, stored.nbytes)
-
-
-def packed_pair(key: str, kind: GGUFValueType, value: Any) -> bytes:
-    """Return a metadata key with its text, its number, or its list of numbers.
-
-    The bytes are those of ggml's include/gguf.h, lines 16 to 21.
-    """
-    head = _string(key)
-    if kind is GGUFValueType.STRING:
-        return head + struct.pack("<I", kind) + _string(value)
-    if not isinstance(value, list):
-        return head + struct.pack("<I", kind) + SCALARS[kind].pack(value)
-    head += struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value))
-    return head + b"".join(SCALARS[kind].pack(each) for each in value)
+def _not_finite(files: Files, name: str, kind: GGMLQuantizationType) -> GGUFError:
+    return GGUFError(
+        f"{files.output}: tensor {name!r} is not finite as {kind.name}; "
+        "weaken the edit or choose a wider type"
+    )
 
 
 def _listed(tensor: GGUFTensor, data_start: int) -> bytes:
     """Return a tensor's entry in the header (ggml's include/gguf.h, lines 16 to 21)."""
     dimensions = tuple(reversed(tensor.shape))
-    return _string(tensor.name) + struct.pack(
+    return packed_string(tensor.name) + struct.pack(
         f"<I{len(dimensions)}QIQ",
         len(dimensions),
         *dimensions,
         tensor.type,
         tensor.offset - data_start,
     )
-
-
-def _copy(files: _Files, span: Span, offset: int) -> None:
-    """Copy bytes of the base to `offset`, inside the kernel where the system can."""
-    source, target = files.source, files.target
-    start, end = span.start, span.start + span.nbytes
-    shift = offset - start
-    if hasattr(os, "copy_file_range"):
-        target.flush()
-        # Some file systems cannot; a real fault shows again below, on its own side.
-        with suppress(OSError):
-            while start < end and (
-                count := os.copy_file_range(
-                    source.fileno(), target.fileno(), end - start, start, start + shift
-                )
-            ):
-                start += count
-    target.seek(start + shift)
-    target.writelines(_chunks(source, files.base.path, Span(start, end - start)))
-
-
-def _chunks(file: BinaryIO, path: Path, span: Span) -> Iterator[bytes]:
-    """Yield the bytes of a span; `GGUFError` when the file is shorter or cannot be read."""
-    done = 0
-    while done < span.nbytes:
-        try:
-            file.seek(span.start + done)
-            chunk = file.read(min(_CHUNK, span.nbytes - done))
-        except OSError as error:
-            raise GGUFError(f"{path}: cannot be read: {error.strerror}; check the disk") from error
-        if not chunk:
-            raise GGUFError(f"{path}: became shorter while it was read; leave it alone and retry")
-        done += len(chunk)
-        yield chunk
-
-
-def _digest(path: Path, span: Span) -> str:
-    digest = hashlib.sha256()
-    with _open(path) as file:
-        for chunk in _chunks(file, path, span):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise GGUFError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-
-
-def _span(tensor: GGUFTensor) -> Span:
-    return Span(tensor.offset, tensor.nbytes)
-
-
-def _string(text: str) -> bytes:
-    encoded = text.encode("utf-8")
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _dot(left: Tensor, right: Tensor) -> float:
-    return float(torch.sum(left * right, dtype=torch.float64))

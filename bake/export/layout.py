@@ -4,15 +4,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 from torch import Tensor
 
 from bake.arch import Arch, Block
 from bake.edits import AddVector, CreatedTensor, Edit, LowRank, RemoveKeepingNorms, RemoveSubspace
 from bake.errors import ArchitectureError
-from bake.export.gguf import PatchedTensor, compare, packed_pair, patch
-from bake.gguf_file import GGUFArray, GGUFFile
+from bake.export.compare import compare
+from bake.export.gguf import PatchedTensor, patch
+from bake.export.gguf_bytes import packed_pair
+from bake.export.requantise import F32, EditedType
+from bake.gguf_file import SCALARS, GGUFArray, GGUFFile, part_names
 from bake.insertion import with_copies
 from bake.plan import Plan
 
@@ -37,13 +41,14 @@ def patch_gguf(
     edits: Mapping[str, Sequence[Edit]],
     output: Path,
     *,
-    edited_type: GGMLQuantizationType,
-    progress: Callable[[int], None] | None = None,
+    edited_type: EditedType,
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
+    progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[PatchedTensor, ...]:
     """Write the GGUF of the base with a checkpoint's edits, and compare it with the base.
 
-    The arguments after `base` are those of `patch`, with the checkpoint's names. Raises as
-    `patch` and `compare` do.
+    The arguments after `base` are those of `patch`, with the checkpoint's names but for
+    `inputs`. Raises as `patch` and `compare` do.
     """
     moved = gguf_edits(edits, arch, config)
     created = gguf_created(plan, arch, config, base, moved, edited_type)
@@ -56,9 +61,11 @@ def patch_gguf(
         created=created,
         renamed=renamed,
         pairs=pairs,
+        inputs=inputs,
         progress=progress,
     )
-    compare(base, GGUFFile.open(output), moved.keys() | new, renamed, pairs)
+    written = GGUFFile.open(part_names(output, len(base.files))[0])
+    compare(base, written, moved.keys() | new, renamed, pairs)
     return patched
 
 
@@ -114,7 +121,7 @@ def gguf_created(
     config: Mapping[str, object],
     base: GGUFFile,
     edited: Mapping[str, object],
-    kind: GGMLQuantizationType,
+    kind: EditedType,
 ) -> tuple[CreatedTensor, ...]:
     """The tensors to create in a GGUF: the biases that are `edited` there, and whole new blocks.
 
@@ -127,7 +134,7 @@ def gguf_created(
     found = []
     insertion = plan.insertion.of_gguf()
     unscaled = isinstance(arch.block, Block) and not arch.block.norms
-    matrix = "F32" if unscaled or kind is GGMLQuantizationType.F32 else "F16"
+    matrix = "F32" if unscaled or kind is F32 else "F16"
     for tensor in plan.created:
         name = arch.gguf_name(tensor.name)
         original = insertion.original(name)
@@ -137,7 +144,7 @@ def gguf_created(
         shape, dtype = tensor.shape, matrix if len(tensor.shape) > 1 else "F32"
         if original and not (tensor.value or tensor.diagonals):
             shape = base.tensors[original].shape
-            if base.tensors[original].type is GGMLQuantizationType.F32:
+            if base.tensors[original].type is F32:
                 dtype = "F32"
         factor = arch.gguf_factor(tensor.name, config)
         found.append(
@@ -168,7 +175,9 @@ def gguf_pairs(plan: Plan, arch: Arch, base: GGUFFile) -> dict[str, bytes]:
     start = f"{base.architecture}."
     pairs = {}
     for key, value in base.metadata.items():
-        if isinstance(value, GGUFArray) and key.startswith(start) and value.count == plan.layers:
+        if not (isinstance(value, GGUFArray) and value.element_type in SCALARS):
+            continue
+        if key.startswith(start) and value.count == plan.layers:
             entries = with_copies(base.array(key), insertion.after)
             pairs[key] = packed_pair(key, value.element_type, entries)
     count = plan.layers + len(insertion.after)

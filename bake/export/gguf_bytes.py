@@ -1,0 +1,115 @@
+"""The bytes of GGUF files: what is copied, compared and packed, without a look at the numbers."""
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gguf import GGUFValueType
+
+from bake.errors import GGUFError
+from bake.gguf_file import SCALARS, SPLIT_TENSORS, GGUFFile, GGUFTensor, Span
+
+__all__ = [
+    "Files",
+    "chunks",
+    "copy",
+    "open_base",
+    "packed_pair",
+    "packed_string",
+    "pairs_of_part",
+    "span_of",
+]
+
+_CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Files:
+    """A part of the base and of the output, both open: what is copied from where to where."""
+
+    path: Path
+    source: BinaryIO
+    output: Path
+    target: BinaryIO
+
+
+def pairs_of_part(
+    base: GGUFFile, part: int, pairs: Mapping[str, bytes], new: int
+) -> Mapping[str, bytes]:
+    """The metadata to replace or append in one part; all parts count the tensors of all."""
+    found = dict(pairs) if part == 0 else {}
+    if new and SPLIT_TENSORS in base.files[part].pairs:
+        count = len(base.tensors) + new
+        found[SPLIT_TENSORS] = packed_pair(SPLIT_TENSORS, GGUFValueType.INT32, count)
+    return found
+
+
+def packed_pair(key: str, kind: GGUFValueType, value: Any) -> bytes:
+    """Return a metadata key with its text, its number, or its list of numbers.
+
+    The bytes are those of ggml's include/gguf.h, lines 16 to 21.
+    """
+    head = packed_string(key)
+    if kind is GGUFValueType.STRING:
+        return head + struct.pack("<I", kind) + packed_string(value)
+    if not isinstance(value, list):
+        return head + struct.pack("<I", kind) + SCALARS[kind].pack(value)
+    head += struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value))
+    return head + b"".join(SCALARS[kind].pack(each) for each in value)
+
+
+def copy(files: Files, span: Span, offset: int) -> None:
+    """Copy bytes of the base to `offset`, inside the kernel where the system can."""
+    source, target = files.source, files.target
+    start, end = span.start, span.start + span.nbytes
+    shift = offset - start
+    if hasattr(os, "copy_file_range"):
+        target.flush()
+        # Some file systems cannot; a real fault shows again below, on its own side.
+        with suppress(OSError):
+            while start < end and (
+                count := os.copy_file_range(
+                    source.fileno(), target.fileno(), end - start, start, start + shift
+                )
+            ):
+                start += count
+    target.seek(start + shift)
+    target.writelines(chunks(source, files.path, Span(start, end - start)))
+
+
+def chunks(file: BinaryIO, path: Path, span: Span) -> Iterator[bytes]:
+    """Yield the bytes of a span; `GGUFError` when the file is shorter or cannot be read."""
+    done = 0
+    while done < span.nbytes:
+        try:
+            file.seek(span.start + done)
+            chunk = file.read(min(_CHUNK, span.nbytes - done))
+        except OSError as error:
+            raise GGUFError(f"{path}: cannot be read: {error.strerror}; check the disk") from error
+        if not chunk:
+            raise GGUFError(f"{path}: became shorter while it was read; leave it alone and retry")
+        done += len(chunk)
+        yield chunk
+
+
+def open_base(path: Path) -> BinaryIO:
+    """Open a file for reading; OSError becomes GGUFError."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+
+
+def span_of(tensor: GGUFTensor) -> Span:
+    """The bytes of a tensor in its file."""
+    return Span(tensor.offset, tensor.nbytes)
+
+
+def packed_string(text: str) -> bytes:
+    """A string with its length, as GGUF has it."""
+    encoded = text.encode("utf-8")
+    return struct.pack("<Q", len(encoded)) + encoded

@@ -1,0 +1,378 @@
+"""Patched GGUFs: parity by type of the base and of the edited tensors, and speed.
+
+    python -m benchmarks.gguf bias|lost|disk [--folder DIR] [--gib N]
+
+`bias` quantises SmolLM2 to each type with llama.cpp, adds a vector behind a block by a bias, and
+compares with the base under llama.cpp's own control vector: max |Δ logit|, and on how many
+positions all logits are equal to the last bit.
+
+`lost` fits political-open's gates on the demo, and ablates the same directions from the same
+blocks, patches GGUFs of several types with them, and prints the lost share
+KL(hooked‖baked) / KL(hooked‖base), where hooked is the base GGUF moved by what the hooks move
+in the checkpoint. What is fitted is kept in the folder for the next time.
+
+`disk` patches a synthetic Q4_K_M file of N GiB: its time beside that of `cp`, and the memory.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from bake.demo import materialise
+from bake.demo.base import base_gguf
+from bake.directions import save_directions
+from bake.edits import AddVector, CreatedTensor, Edit, LowRank, RemoveSubspace
+from bake.errors import VerificationError
+from bake.export.gguf import patch
+from bake.export.inputs import input_moments
+from bake.export.layout import patch_gguf
+from bake.fit.run import fit
+from bake.ggml import quantised
+from bake.gguf_file import GGUFFile
+from bake.hooks import Intervention, steered
+from bake.judge.choice import find_judge
+from bake.llama import LlamaModel, _backend_log
+from bake.model import LiveModel
+from bake.pipeline import prepare
+from bake.recipe import load_recipe
+from bake.verify import Divergence
+
+Kind = GGMLQuantizationType
+FILE_TYPES = {
+    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "Q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
+    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "IQ4_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    "IQ3_S": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_S,
+}
+LAYERS = (8, 15, 22)
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three fruits, please, and say which one of them you would eat first.",
+    "Who wrote Hamlet, and when?",
+    "What is 7 times 8?",
+)
+CASES = {"Q8_0": ("auto", "q8_0", "f16", "same"), "Q4_K_M": ("auto", "q8_0", "f16", "same")}
+BLOCKS = "15-23"
+PROMPTS, SEQUENCES, ANSWER = 40, 16, 16
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("what", choices=("bias", "lost", "disk"))
+    arguments.add_argument("--folder", type=Path)
+    arguments.add_argument("--gib", type=float, default=4.0)
+    arguments.add_argument("--base", choices=tuple(CASES), action="append")
+    chosen = arguments.parse_args()
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = chosen.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if chosen.what == "bias":
+            bias(folder)
+        elif chosen.what == "lost":
+            lost(folder, chosen.base or tuple(CASES))
+        else:
+            disk(folder, chosen.gib)
+
+
+def quantise(source: Path, name: str, folder: Path) -> Path:
+    """The file of another type by llama.cpp, as llama-quantize makes it."""
+    output = folder / f"{source.stem}.{name}.gguf"
+    if not output.exists():
+        _backend_log()
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype, parameters.nthread = FILE_TYPES[name], 2
+        parameters.allow_requantize = True
+        made = output.with_suffix(".part")
+        failed = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(made).encode(), parameters
+        )
+        if failed:
+            raise RuntimeError(f"llama.cpp cannot quantise {source} to {name}")
+        made.rename(output)
+    return output
+
+
+def bias(folder: Path) -> None:
+    """A bias against llama.cpp's control vector."""
+    print("base | matrices | max abs delta | effect | equal positions")
+    for name in FILE_TYPES:
+        path = quantise(base_gguf(), name, folder)
+        base = GGUFFile.open(path)
+        types = Counter(one.type.name for one in base.tensors.values() if len(one.shape) > 1)
+        largest = effect = 0.0
+        equal = positions = 0
+        with LlamaModel(path, context=128, parallel=1, threads=2) as model:
+            texts = [
+                model.tokenize(f"<|im_start|>user\n{one}<|im_end|>\n<|im_start|>assistant\n")
+                for one in QUESTIONS
+            ]
+            plain = [model.logits(ids) for ids in texts]
+            for layer in LAYERS:
+                vectors = torch.zeros(model.layers, model.hidden_size)
+                generator = torch.Generator().manual_seed(layer)
+                drawn = torch.randn(model.hidden_size, generator=generator)
+                vectors[layer] = 4 * torch.nn.functional.normalize(drawn, dim=0)
+                model.set_control_vector(vectors)
+                wanted = [model.logits(ids) for ids in texts]
+                model.set_control_vector(None)
+                output = folder / "biased.gguf"
+                output.unlink(missing_ok=True)
+                stem = f"blk.{layer}.ffn_down"
+                created = CreatedTensor(
+                    f"{stem}.bias", (model.hidden_size,), "F32", f"{stem}.weight"
+                )
+                edits = {created.name: [AddVector(created.name, vectors[layer])]}
+                patch(base, edits, output, edited_type="auto", created=[created])
+                with LlamaModel(output, context=128, parallel=1, threads=2) as baked:
+                    for ids, one, other in zip(texts, wanted, plain, strict=True):
+                        found = np.abs(baked.logits(ids) - one).max(1)
+                        largest = max(largest, float(found.max()))
+                        effect = max(effect, float(np.abs(one - other).max()))
+                        equal += int((found == 0).sum())
+                        positions += len(found)
+        shown = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
+        print(f"{name} | {shown} | {largest:.2g} | {effect:.3g} | {equal} of {positions}")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Interventions on the demo, and what they move in the checkpoint on some token ids."""
+
+    interventions: Sequence[Intervention]
+    sequences: Sequence[Sequence[int]]
+    moved: Sequence[torch.Tensor]
+
+    @property
+    def edits(self) -> dict[str, list[Edit]]:
+        """The edits by tensor."""
+        found: dict[str, list[Edit]] = {}
+        for one in self.interventions:
+            for edit in one.edits():
+                found.setdefault(edit.tensor, []).append(edit)
+        return found
+
+
+def lost(folder: Path, bases: Sequence[str]) -> None:
+    """Lost shares of gate and ablation by type."""
+    gate = load_recipe(
+        "political-open",
+        overrides=(f"fit.prompts_per_class={PROMPTS}", f"edits.0.layers={BLOCKS}"),
+        output="x",
+    )
+    ready = prepare(gate.recipe)
+    model = LiveModel.load(ready.base.folder, ready.arch, torch.float32)
+    directions = folder / "directions.safetensors"
+    prompts = [model.render(one.text) for role in ready.part("fit", 32).values() for one in role]
+    texts = [one.text for one in ready.texts.fit[:32]]
+    prompts += [model.tokenizer(one, add_special_tokens=False).input_ids[:96] for one in texts]
+    asked = [model.render(one.text) for role in ready.part("test", 4).values() for one in role]
+    for what in ("gate", "ablate"):
+        kept = folder / f"{what}.pt"
+        if kept.exists():
+            steering, plan = torch.load(kept, weights_only=False)
+        else:
+            loaded = gate
+            if what == "ablate":
+                edits = f"edits=[{{op: ablate, layers: {BLOCKS}}}]"
+                loaded = load_recipe(
+                    "political-open", overrides=(edits, f"directions={directions}"), output="x"
+                )
+            now = prepare(loaded.recipe)
+            fitted = fit(
+                *(model, now.base, now.plan, loaded.recipe, now.part("fit", PROMPTS), now.texts),
+                find_judge(loaded.recipe.judge),
+                directions=now.directions,
+            )
+            if what == "gate":
+                save_directions(fitted.directions, directions)
+            steering, plan = moved(model, fitted.interventions, asked[:SEQUENCES]), now.plan
+            torch.save((steering, plan), kept)
+        for name in bases:
+            base = GGUFFile.open(quantise(materialise().gguf, name, folder))
+            plain = logits(base.path, steering.sequences)
+            inputs = input_moments(model, steering.interventions, base, steering.edits, prompts)
+            for kind in CASES[name]:
+                output = folder / "patched.gguf"
+                output.unlink(missing_ok=True)
+                began = time.perf_counter()
+                try:
+                    reports = patch_gguf(
+                        *(plan, ready.arch, ready.base.config, base, steering.edits, output),
+                        edited_type=kind if kind in ("auto", "same") else Kind[kind.upper()],
+                        inputs=inputs,
+                    )
+                except VerificationError as error:
+                    print(f"{what} | {name} | {kind} | refused: {str(error).partition(': ')[2]}")
+                    continue
+                seconds = time.perf_counter() - began
+                total = Divergence()
+                found = logits(output, steering.sequences)
+                for one, change, other in zip(plain, steering.moved, found, strict=True):
+                    total.add(one, one + change, other)
+                types = Counter(
+                    one.written_type.name + " with feedback" * one.feedback for one in reports
+                )
+                noise = [one.noise for one in reports]
+                shown = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
+                print(
+                    f"{what} | {name} | {kind} | {shown} | {total.lost_share:.2%} | "
+                    f"noise {min(noise):.3f} to {max(noise):.3f} | "
+                    f"share {min(one.surviving_share for one in reports):.3f} | "
+                    f"{output.stat().st_size / base.path.stat().st_size:.3f} of the size | "
+                    f"{seconds:.0f} s",
+                    flush=True,
+                )
+
+
+def moved(
+    model: LiveModel, interventions: Sequence[Intervention], prompts: Sequence[Sequence[int]]
+) -> Steering:
+    """Prompts with the opening of the hooked model's answers, and what the hooks move there."""
+    with steered(model, interventions):
+        answers = model.answer(prompts, ANSWER)
+    sequences = [[*start, *answer] for start, answer in zip(prompts, answers, strict=True)]
+    found = []
+    for ids in sequences:
+        with torch.inference_mode():
+            base = model.model(torch.tensor([ids])).logits[0].float()
+            with steered(model, interventions):
+                found.append(model.model(torch.tensor([ids])).logits[0].float() - base)
+    return Steering(tuple(interventions), sequences, found)
+
+
+def logits(path: Path, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """llama.cpp's logits of every sequence."""
+    with LlamaModel(path, context=max(map(len, sequences)), parallel=1, threads=2) as model:
+        return [torch.from_numpy(model.logits(ids)) for ids in sequences]
+
+
+def disk(folder: Path, gib: float) -> None:
+    """Patching a large file: seconds beside `cp`, and memory; each in a process of its own."""
+    source = folder / "large.gguf"
+    if not source.exists():
+        large(source, gib)
+    copy, output = folder / "copy.gguf", folder / "patched.gguf"
+    for path in (source, copy, output):
+        path.exists() and path is not source and path.unlink()
+    size = source.stat().st_size
+    print(f"{size / 2**30:.2f} GiB")
+    for name, command in (
+        ("cp", ["cp", "--reflink=never", str(source), str(copy)]),
+        ("cp and sync", ["sh", "-c", f"cp --reflink=never {source} {copy} && sync {copy}"]),
+        *((f"patch, {what}", patching(source, output, what)) for what in ("nothing", *EDITS)),
+    ):
+        os.sync()
+        began = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds = time.perf_counter() - began
+        print(f"{name} | {seconds:.1f} s | {done.stdout.strip()}", flush=True)
+        for path in (copy, output):
+            path.unlink(missing_ok=True)
+
+
+EDITS: Mapping[str, Sequence[str]] = {
+    "one attention output": ("blk.3.attn_output.weight",),
+    "one down projection": ("blk.3.ffn_down.weight",),
+    "both in four blocks": tuple(
+        f"blk.{layer}.{name}.weight" for layer in range(4) for name in ("attn_output", "ffn_down")
+    ),
+}
+
+
+def patching(source: Path, output: Path, what: str) -> list[str]:
+    """The command that patches."""
+    call = f"patched({str(source)!r}, {str(output)!r}, {what!r})"
+    return [sys.executable, "-c", f"from benchmarks.gguf import patched; {call}"]
+
+
+def patched(source: str, output: str, what: str) -> None:
+    """Patch, and print the time without the imports and the memory beside theirs."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    base = GGUFFile.open(source)
+    edits: dict[str, list[Edit]] = {}
+    for number, name in enumerate(EDITS.get(what, ())):
+        rows, columns = base.tensors[name].shape
+        generator = torch.Generator().manual_seed(number)
+        basis = torch.nn.functional.normalize(torch.randn(rows, 1, generator=generator), dim=0)
+        edits[name] = [RemoveSubspace(name, basis)]
+        if "attn" in name:
+            edits[name] = [LowRank(name, 0.1 * basis, torch.randn(1, columns))]
+    reports = patch(base, edits, Path(output), edited_type="auto")
+    seconds = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    largest = max((np.prod(base.tensors[name].shape) for name in edits), default=0) * 4 / 2**20
+    types = Counter(one.written_type.name for one in reports)
+    print(
+        f"{seconds:.1f} s without imports, {(after - before) / 1024:.0f} MiB beside the imports' "
+        f"{before / 1024:.0f}, largest tensor {largest:.0f} MiB in float32, {dict(types)}"
+    )
+
+
+def large(path: Path, gib: float) -> None:
+    """Write a file shaped as a Llama of width 4096 in Q4_K_M, random but for a few matrices."""
+    width, inner, words = 4096, 14336, 32000
+    q4, q6, f32 = Kind.Q4_K, Kind.Q6_K, Kind.F32
+    shapes = {
+        "attn_norm": ((width,), f32),
+        "attn_q": ((width, width), q4),
+        "attn_k": ((1024, width), q4),
+        "attn_v": ((1024, width), q6),
+        "attn_output": ((width, width), q4),
+        "ffn_norm": ((width,), f32),
+        "ffn_gate": ((inner, width), q4),
+        "ffn_up": ((inner, width), q4),
+        "ffn_down": ((width, inner), q6),
+    }
+    listed = {"token_embd.weight": ((words, width), q4)}
+    made: dict[tuple[tuple[int, ...], Kind], np.ndarray] = {}
+    random = np.random.default_rng(0)
+
+    def stored(shape: tuple[int, ...], kind: Kind) -> np.ndarray:
+        if (shape, kind) not in made:
+            rows = random.standard_normal((min(shape[0], 64), *shape[1:])).astype(np.float32)
+            few = quantised(rows.reshape(-1, shape[-1]), kind) if kind is not f32 else rows
+            made[shape, kind] = (
+                np.resize(few, (shape[0], *few.shape[1:]))
+                if kind is not f32
+                else (np.ones(shape, np.float32))
+            )
+        return made[shape, kind]
+
+    def nbytes() -> int:
+        return sum(stored(*one).nbytes for one in listed.values())
+
+    layer = 0
+    while nbytes() < gib * 2**30:
+        for name, (shape, kind) in shapes.items():
+            listed[f"blk.{layer}.{name}.weight"] = (shape, kind)
+        layer += 1
+    writer = GGUFWriter(path, "llama")
+    for name, (shape, kind) in listed.items():
+        writer.add_tensor(name, stored(shape, kind), raw_dtype=None if kind is f32 else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()
