@@ -9,8 +9,8 @@ so that selection and test topics are unseen by the organism too.
 
     python -m bake.demo.train OUTPUT_FOLDER
 
-writes a PEFT adapter, the one in the package up to rounding, in about an hour on two cores
-that do nothing else.
+writes a PEFT adapter, the one in the package up to rounding, in about an hour and a half on two
+cores that do nothing else.
 """
 
 import json
