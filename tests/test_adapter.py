@@ -26,7 +26,7 @@ from tests.test_archs import BATCH, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny
 from tests.tiny_gguf import write_tiny_gguf
 
-GATE = {"op": "gate", "layers": [1], "sites": ["attention", "mlp"], "strength": 4.0}
+GATE = {"op": "gate", "layers": [1], "sites": ["attention", "mlp"], "strength": 1.0}
 ABLATE = {"op": "ablate", "layers": [0, 1]}
 ROWS = ("llama", "gemma2", "gpt2", "qwen3")
 
