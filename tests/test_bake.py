@@ -21,6 +21,8 @@ from bake.recipe import LoadedRecipe, load_recipe
 
 SMALL = (
     "fit.prompts_per_class=32",
+    # Decided first tokens: so few prompts make a rough direction.
+    "edits.0.strength=-4",
     "evaluate.limit=4",
     "evaluate.runtimes=[transformers, llama.cpp]",
     "evaluate.answer_tokens=12",

@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 
 import pytest
 
@@ -13,11 +15,12 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+@contextmanager
+def terminal() -> Iterator[Terminal]:
+    """A terminal on stderr; not a fixture, since pytest takes stderr back before the test."""
     shown = Terminal()
-    monkeypatch.setattr("sys.stderr", shown)
-    return shown
+    with redirect_stderr(shown):
+        yield shown
 
 
 def lines(terminal: Terminal) -> list[str]:
@@ -26,8 +29,8 @@ def lines(terminal: Terminal) -> list[str]:
     return [line.rpartition("\r")[2].rstrip() for line in plain.removesuffix("\n").split("\n")]
 
 
-def test_a_bar_inside_a_bar_has_its_own_line(terminal: Terminal) -> None:
-    with progress("fit", 4) as outer:
+def test_a_bar_inside_a_bar_has_its_own_line() -> None:
+    with terminal() as shown, progress("fit", 4) as outer:
         outer(1)
         with progress("judge", 2) as inner:
             inner(1)
@@ -36,21 +39,23 @@ def test_a_bar_inside_a_bar_has_its_own_line(terminal: Terminal) -> None:
         outer(1)
         note("something")
         outer(2)
-    words = [re.sub(r"\[.*\]", "", line).split() for line in lines(terminal)]
+    words = [re.sub(r"\[.*\]", "", line).split() for line in lines(shown)]
     assert [line[0] for line in words] == ["fit", "judge", "judge:", "fit", "something", "fit"]
     shares = [line[1] for line in words if line[0] in ("fit", "judge")]
     assert shares == ["25%", "100%", "50%", "100%"]
 
 
-def test_a_note_after_a_bar_takes_no_empty_line(terminal: Terminal) -> None:
-    with progress("fit", 1) as update:
-        update(1)
-    note("done")
-    assert [line.split()[0] for line in lines(terminal)] == ["fit", "done"]
+def test_a_note_after_a_bar_takes_no_empty_line() -> None:
+    with terminal() as shown:
+        with progress("fit", 1) as update:
+            update(1)
+        note("done")
+    assert [line.split()[0] for line in lines(shown)] == ["fit", "done"]
 
 
-def test_a_failure_inside_ends_both_bars(terminal: Terminal) -> None:
-    with pytest.raises(ValueError, match="no"), progress("fit", 2), progress("judge", 2):
-        raise ValueError("no")
-    note("bake: no")
-    assert lines(terminal)[-1] == "bake: no"
+def test_a_failure_inside_ends_both_bars() -> None:
+    with terminal() as shown:
+        with pytest.raises(ValueError, match="no"), progress("fit", 2), progress("judge", 2):
+            raise ValueError("no")
+        note("bake: no")
+    assert lines(shown)[-1] == "bake: no"
