@@ -1,6 +1,7 @@
 """The behavioural test of the architecture table: every row, every operator, through the disk."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -47,7 +48,8 @@ def measured(base: Checkpoint) -> Measured:
     @cache
     def probe(module: str, ridge: float) -> Tensor:
         shape = base.find(f"{module}.weight").shape
-        return drawn(len(module) + sum(map(ord, module)), shape[1])
+        # The other axis is the stream's.
+        return drawn(len(module) + sum(map(ord, module)), math.prod(shape) // 32)
 
     directions = {layer: drawn(layer, 32) for layer in range(8)}
     return Measured(directions, probe, base, {layer: drawn(50 + layer, 32) for layer in range(8)})

@@ -71,7 +71,7 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, object]]]] = {
     "smollm3": ({}, (ABLATE, BOTH, START)),
     "stablelm": ({}, (ABLATE, BOTH, START)),
     "starcoder2": ({}, (ADD, ABLATE, BOTH, START)),
-    "falcon_h1": (WIDE, (ADD, ABLATE, BOTH, START, BLOCK)),
+    "falcon_h1": (WIDE, (ADD, ABLATE, BOTH, START)),
     "lfm2": (WIDE, (ABLATE, BOTH, START, BLOCK, FIRST)),
     # The scale of the attention is that of the head's width, but in the 27B sizes.
     "gemma": (TIED, (ABLATE, BOTH, START)),
@@ -94,7 +94,7 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, object]]]] = {
     # As for gpt2, and the converter knows no groups of heads.
     "phi": ({"intermediate_size": 128, "num_key_value_heads": 4}, (ADD, ABLATE, BOTH, START)),
     "olmo3": ({}, (ABLATE, SHORT, START)),
-    "glm4_moe": (WIDE, (ABLATE, ONE, START, FIRST)),
+    "glm4_moe": (WIDE, (ABLATE, ONE, START)),
     "granitemoe": ({}, (ADD | {"site": "mid"}, ABLATE, ONE, START)),
 }
 CONVERT = """
