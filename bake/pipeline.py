@@ -339,7 +339,7 @@ def _inputs(
     prompts = [model.render(one.text) for role in ready.part("fit", SHOWN).values() for one in role]
     texts = [model.tokenizer(one.text, add_special_tokens=False) for one in ready.texts.fit[:SHOWN]]
     prompts += [one.input_ids[:PASSAGE_TOKENS] for one in texts]
-    return input_moments(model, fitted.interventions, base, edits, prompts)
+    return input_moments(model, fitted.interventions, base, ready.base.config, edits, prompts)
 
 
 def _patch(

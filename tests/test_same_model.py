@@ -3,40 +3,17 @@
 from pathlib import Path
 
 import pytest
-import torch
-from gguf import GGMLQuantizationType, GGUFWriter
 
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.errors import GGUFError
 from bake.export.same_model import check_same_model
-from bake.ggml import quantised
 from bake.gguf_file import GGUFFile
 from tests.tiny import write_tiny
-from tests.tiny_gguf import write_tiny_gguf
+from tests.tiny_gguf import requantised, write_tiny_gguf
 
 
-def moved(base: GGUFFile, kind: str, name: str, relative: float, output: Path) -> GGUFFile:
-    """The same file with matrices in another type and one of them some way off."""
-    writer = GGUFWriter(output, base.architecture)
-    for each in base.tensors:
-        weight = base.read(each)
-        if each == name:
-            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-            weight = weight + relative * weight.norm() / noise.norm() * noise
-        if weight.dim() == 2 and weight.shape[1] % 32 == 0:
-            stored = GGMLQuantizationType[kind]
-            writer.add_tensor(each, quantised(weight.numpy(), stored), raw_dtype=stored)
-        else:
-            writer.add_tensor(each, weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return GGUFFile.open(output)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "granite", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "granite", "qwen3", "qwen3_5_text"])
 def test_its_own_gguf_passes_and_another_does_not(tmp_path: Path, model_type: str) -> None:
     write_tiny(model_type, tmp_path / "base")
     base = Checkpoint.open(tmp_path / "base")
@@ -47,6 +24,6 @@ def test_its_own_gguf_passes_and_another_does_not(tmp_path: Path, model_type: st
     name = f"blk.{arch.layer_count(base.config) - 1}.attn_output.weight"
     assert own.tensors[name].shape[1] % 32 == 0
     for kind, little, much in (("F32", 0.01, 0.05), ("Q8_0", 0.01, 0.05), ("Q4_0", 0.1, 0.4)):
-        check_same_model(moved(own, kind, name, little, tmp_path / "a"), base, arch)
+        check_same_model(requantised(own, kind, name, little, tmp_path / "a"), base, arch)
         with pytest.raises(GGUFError, match=rf"{name} is \d+% away .* {kind} explains"):
-            check_same_model(moved(own, kind, name, much, tmp_path / "b"), base, arch)
+            check_same_model(requantised(own, kind, name, much, tmp_path / "b"), base, arch)

@@ -6,12 +6,15 @@ The sources are llama.cpp's `conversion/<family>.py`. There is no vocabulary: id
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import AutoConfig
 
 from bake.arch import Arch
 from bake.checkpoint import Checkpoint
 from bake.export.layout import permuted_rows
+from bake.ggml import quantised
+from bake.gguf_file import GGUFFile
 
 # Values of config.json that llama.cpp reads, as integers and as real numbers.
 COUNTS = {
@@ -64,6 +67,13 @@ def write_tiny_gguf(base: Checkpoint, arch: Arch, path: Path) -> None:
         permuted = arch.rotary_heads(name, base.config)
         if permuted:
             weight = permuted_rows(weight, permuted)
+        if arch.gguf_architecture.startswith("qwen35") and name.endswith(
+            "linear_attn.out_proj.weight"
+        ):
+            # llama.cpp conversion/qwen.py, `_reorder_v_heads`, dim=1.
+            keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+            places = torch.arange(weight.shape[1]).reshape(keys, values // keys, -1)
+            weight = weight[:, places.permute(1, 0, 2).reshape(-1)]
         writer.add_tensor(arch.gguf_name(name), weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -75,3 +85,23 @@ def _rope(config: Any) -> dict[str, Any]:
     """The rotary embedding of full attention."""
     found: dict[str, Any] = config.rope_parameters
     return found.get("full_attention", found)
+
+
+def requantised(base: GGUFFile, kind: str, name: str, relative: float, output: Path) -> GGUFFile:
+    """The same file with matrices in another type and the one of this name some way off."""
+    writer = GGUFWriter(output, base.architecture)
+    for each in base.tensors:
+        weight = base.read(each)
+        if each == name:
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight = weight + relative * weight.norm() / noise.norm() * noise
+        if weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            stored = GGMLQuantizationType[kind]
+            writer.add_tensor(each, quantised(weight.numpy(), stored), raw_dtype=stored)
+        else:
+            writer.add_tensor(each, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile.open(output)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bake.activations import Conversation, Tap, collect
 from bake.edits import Edit
+from bake.export.layout import tiled_columns
 from bake.export.requantise import FLOATS
 from bake.gguf_file import GGUFFile
 from bake.hooks import Intervention, steered
@@ -21,12 +22,14 @@ def input_moments(
     model: LiveModel,
     interventions: Sequence[Intervention],
     base: GGUFFile,
+    config: Mapping[str, object],
     edits: Mapping[str, Sequence[Edit]],
     prompts: Sequence[Sequence[int]],
 ) -> dict[str, Tensor]:
     """Return E aaᵀ [columns, columns], float32, by GGUF name, of every quantised writer edited.
 
-    `edits` are by the checkpoint's names, `prompts` token ids. The inputs a are gathered with the
+    Its columns have the GGUF's order. `config` is the checkpoint's, `edits` are by its names,
+    `prompts` token ids. The inputs a are gathered with the
     interventions in force, at every token but the first, whose few huge activations would
     count for more than all the rest. Experts do not see every token, and embeddings read none:
     they are left out, and their noise is that of inputs in all directions alike.
@@ -47,7 +50,9 @@ def input_moments(
         with steered(model, interventions):
             moments = collect(model, conversations, taps)
         for name, moment in moments.items():
-            found[model.arch.gguf_name(f"{name}.weight")] = moment.gram.float()
+            heads = model.arch.tiled_heads(f"{name}.weight", config)
+            gram = tiled_columns(tiled_columns(moment.gram.float(), heads).T, heads)
+            found[model.arch.gguf_name(f"{name}.weight")] = gram
     return found
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from bake.arch import Arch, Written
 from bake.checkpoint import Checkpoint
 from bake.errors import GGUFError
+from bake.export.layout import tiled_columns
 from bake.export.requantise import FLOATS
 from bake.gguf_file import GGUFFile, GGUFTensor
 
@@ -41,7 +42,9 @@ def check_same_model(gguf: GGUFFile, base: Checkpoint, arch: Arch) -> None:
 
 def _expected(base: Checkpoint, arch: Arch, one: Written) -> Tensor:
     weight = base.read(one.weight).float() * arch.gguf_factor(one.weight, base.config)
-    return weight.T if arch.is_transposed(one.weight) else weight
+    if arch.is_transposed(one.weight):
+        return weight.T
+    return tiled_columns(weight, arch.tiled_heads(one.weight, base.config))
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
