@@ -57,7 +57,7 @@ class Journal:
         file = self.folder / f"{hashed(of)}.safetensors"
         try:
             found: dict[str, Tensor] = load_file(file)
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             found = dict(compute())
             with staged_file(file, overwrite=True) as staging:
                 save_file(found, staging)

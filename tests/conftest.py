@@ -1,7 +1,8 @@
 """Tiny models that every test can build, and the demo, made once."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch and llama.cpp start their threads: more threads than cores crawl.
@@ -16,6 +17,7 @@ import torch
 from hypothesis import settings
 from transformers.utils import logging
 
+from bake.commands import main
 from bake.demo import Demo, materialise
 from tests.tiny import TINY, write_tiny
 
@@ -24,6 +26,24 @@ logging.disable_progress_bar()
 # The first example of a property also pays for torch's start, on a busy machine dearly.
 settings.register_profile("bake", deadline=None)
 settings.load_profile("bake")
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def bake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `bake` in this process; returns the exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bake", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        code = caught.value.code
+        return (code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture(scope="session", params=sorted(TINY))

@@ -1,8 +1,7 @@
 """Several directions of a layer: their span, their estimators, their way into the weights."""
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bake.archs import ARCHS
-from bake.commands import main
 from bake.directions import Directions, load_directions, save_directions
 from bake.directions.value import Origin
 from bake.errors import DirectionsError, FitError, RecipeError
@@ -31,6 +29,7 @@ from bake.model import LiveModel, batches
 from bake.ops.ablate import orthonormal
 from bake.pipeline import DIRECTIONS, bake, fit_to_file, prepare
 from bake.recipe import Fit, LoadedRecipe, load_recipe
+from tests.conftest import Run
 from tests.test_fit_command import states
 from tests.tiny import write_tiny
 
@@ -568,28 +567,12 @@ def test_a_basis_of_one_is_the_vector() -> None:
     assert Directions({3: torch.ones(1, 4)}).vectors[3].shape == (4,)
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bake", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        code = caught.value.code
-        return (code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return call
-
-
-def test_the_table_of_several_and_the_way_to_one(run: Run, tmp_path: Path) -> None:
+def test_the_table_of_several_and_the_way_to_one(bake: Run, tmp_path: Path) -> None:
     rows = torch.tensor([[3.0, 4, 0], [0, 5, 0]])
     path, first, vector = (str(tmp_path / name) for name in ("d.safetensors", "f.gguf", "v.gguf"))
     figures = {3: {"spread": 0.5}, 4: {"spread": 0.25}}
     save_directions(Directions({3: rows, 4: torch.ones(3)}, figures=figures), Path(path))
-    code, out, _ = run("directions", path)
+    code, out, _ = bake("directions", path)
     assert (code, out.splitlines()[-4:]) == (
         0,
         [
@@ -599,10 +582,10 @@ def test_the_table_of_several_and_the_way_to_one(run: Run, tmp_path: Path) -> No
             "4          1.73205               0.250",
         ],
     )
-    code, _, err = run("directions", path, "--output", vector)
+    code, _, err = bake("directions", path, "--output", vector)
     assert (code, len(err.splitlines())) == (1, 1)
     assert "direction.3 has 2 vectors, and a control vector has one a layer" in err
-    code, out, err = run("directions", path, "--first", "--output", first)
+    code, out, err = bake("directions", path, "--first", "--output", first)
     assert code == 0, err
     assert load_directions(Path(first)).vectors[3].tolist() == [3, 4, 0]
     assert "cosine" not in out

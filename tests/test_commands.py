@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from bake.commands import main
 from bake.directions import Directions, load_directions, save_directions
 from bake.recipe import shipped_recipes
+from tests.conftest import Run
 from tests.tiny import write_tiny
 
 RECIPE = """\
@@ -43,24 +43,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / f"{role}.txt").write_text("\n".join(lines))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model="model"))
     return tmp_path
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def bake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run `bake` in this process; returns the exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bake", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        code = caught.value.code
-        return (code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
 
 
 def refused(run: Run, arguments: Sequence[str], code: int, *words: str) -> None:

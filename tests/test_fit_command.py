@@ -1,8 +1,7 @@
 """`bake fit`: from a recipe to a file of directions with its table, on tiny models and the demo."""
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from bake.activations import Conversation
 from bake.archs import ARCHS
 from bake.checkpoint import Checkpoint
-from bake.commands import main
 from bake.demo import Demo
 from bake.directions import Directions, load_directions, save_directions
 from bake.directions.value import Origin
@@ -24,6 +22,7 @@ from bake.model import LiveModel
 from bake.pipeline import fit_to_file
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
+from tests.conftest import Run
 from tests.tiny import write_tiny
 
 RECIPE = """\
@@ -295,21 +294,6 @@ def test_figures_that_are_none_are_refused(tmp_path: Path, figures: str) -> None
 
 
 # --- the command line
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def bake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bake", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        code = caught.value.code
-        return (code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
 
 
 def test_the_command_writes_a_file_and_prints_its_table(bake: Run, tmp_path: Path) -> None:

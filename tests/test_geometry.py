@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from bake.archs import ARCHS
-from bake.commands import main
 from bake.errors import FitError, PromptError
 from bake.fit.cosmic import shifted
 from bake.fit.geometry import cosines, generic, of_length, random_direction
@@ -21,6 +19,7 @@ from bake.model import LiveModel
 from bake.prompts import load_prompts, load_splits
 from bake.prompts.kinds import KINDS
 from bake.recipe import LoadedRecipe, load_recipe
+from tests.conftest import Run
 from tests.tiny import write_tiny
 
 RECIPE = """\
@@ -208,29 +207,19 @@ def test_what_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not path.exists()
 
 
-def test_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(bake: Run, tmp_path: Path) -> None:
     path = tmp_path / "g.json"
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bake", "geometry", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    options = ["--recipe", "recipe.yaml", "--output", str(path), "--kind", "kind.txt"]
+    options = ["geometry", "--recipe", "recipe.yaml", "--output", str(path), "--kind", "kind.txt"]
     options += ["--strength", "-1", "--limit", "1"]
-    code, out, err = run(*options)
+    code, out, err = bake(*options)
     assert code == 0, err
     assert out.splitlines()[1].startswith("kind.txt")
     found = json.loads(path.read_text())
     assert list(found["kinds"]) == ["kind.txt"]
     assert [len(curve) for curve in found["trades"]["curves"].values()] == [1, 1, 1]
-    code, out, err = run(*options)
+    code, out, err = bake(*options)
     assert (code, "--overwrite" in err) == (1, True)
-    code, out, err = run(*options, "--overwrite", "--layer", "3")
+    code, out, err = bake(*options, "--overwrite", "--layer", "3")
     assert (code, len(err.splitlines())) == (1, 1)
     assert "--layer: layer 3 is out of range" in err
-    assert run("--recipe", "recipe.yaml")[0] == 2
+    assert bake("geometry", "--recipe", "recipe.yaml")[0] == 2

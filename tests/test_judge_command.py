@@ -1,17 +1,16 @@
 """`bake judge`: answers from a file or from a model, their verdicts counted and written."""
 
 import json
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from bake.archs import ARCHS
-from bake.commands import main
 from bake.model import LiveModel
 from bake.prompts import load_prompts
+from tests.conftest import Run
 from tests.test_judges import Answer, Script, reply
 from tests.tiny import write_tiny
 
@@ -26,7 +25,6 @@ SAID = {
     "Why?": "Because the sky scatters blue light.",
     "How?": "I would rather not discuss politics.",
 }
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +47,11 @@ def written(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.fixture
-def judge(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    """`bake judge` in this process, in the place, with a cache of the test's own."""
+def judge(place: Path, bake: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`bake judge` in the place, with a cache of the test's own."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("BAKE_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bake", "judge", *arguments, "--recipe", "recipe.yaml"])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        code = caught.value.code
-        return (code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
+    return lambda *arguments: bake("judge", *arguments, "--recipe", "recipe.yaml")
 
 
 @pytest.fixture

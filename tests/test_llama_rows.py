@@ -23,6 +23,7 @@ from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.edits import Edit
 from bake.export.layout import patch_gguf
+from bake.export.same_model import check_same_model
 from bake.gguf_file import GGUFFile
 from bake.hooks import steered
 from bake.llama import LlamaModel
@@ -168,6 +169,7 @@ def test_a_patched_gguf_is_the_hooked_model(tree: Path, tmp_path: Path, model_ty
     arch = find_arch(base.config, "config.json", base.tensors)
     gguf = converted(tree, folder, tmp_path / "base.gguf")
     assert gguf.architecture == arch.gguf_architecture
+    check_same_model(gguf, base, arch)
     model = LiveModel.load(folder, arch)
     before = model.logits(BATCH)
     there = logits(gguf.path)
