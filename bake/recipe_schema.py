@@ -385,6 +385,11 @@ class Gate(_Section):
     ridge: Ridge = Field(
         default=0.01, description="The ridge of the probe, in units of tr(Gram matrix) / width."
     )
+    protected: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.0,
+        description="How far protected prompts are steered towards refusal, where the target is "
+        "steered by 1: 0 leaves them where they are.",
+    )
 
 
 EditedTypeName = Literal[

@@ -16,14 +16,11 @@ from bake.edits import Edit, RemoveKeepingNorms, RemoveSubspace
 from bake.errors import ArchitectureError, FitError
 from bake.export.layout import gguf_edit
 from bake.fit.constant import with_constants
-from bake.fit.run import fit
 from bake.hooks import Intervention, on_output, steered
-from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel
 from bake.ops.ablate import Ablate, orthonormal, projected
 from bake.ops.add import Add
 from bake.plan import make_plan
-from bake.prompts import Prompt, Splits
 from bake.recipe import Recipe
 from tests.test_archs import (
     BATCH,
@@ -38,6 +35,7 @@ from tests.test_archs import (
     stream,
 )
 from tests.tiny import write_tiny
+from tests.word_fit import word_fit, word_prompts
 
 # Their experts are one tensor in memory, so no hook sees what one expert's matrix reads.
 EXPERTS = {
@@ -310,32 +308,15 @@ def test_the_constant_of_a_norm_preserving_ablation_comes_behind_other_ablations
     assert lost_through_disk(tmp_path / "llama", recipe, tmp_path / "out")[0] < 1e-4
 
 
-class ByWord:
-    """A judge that goes by the prompt: `w1 ...` is refused, everything else answered."""
-
-    name = "by word"
-
-    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        return [Verdict(REFUSED if one.prompt.startswith("w1 ") else ANSWERED) for one in exchanges]
-
-
 def test_the_fit_measures_the_mean_of_the_answered_class(tiny_llama: Path) -> None:
     """The projected direction is orthogonal to it, at the layer where both are measured."""
-    base, arch, _ = opened(tiny_llama)
-    model = LiveModel.load(tiny_llama, arch)
     recipe = recipe_of({"op": "ablate", "layers": [0, 1], "variant": "projected"})
     words = {"target": "w1", "general": "w2", "protected": "w1", "lookalike": "w3"}
-    prompts = {
-        role: [Prompt(f"{word} w{n} w{n + 7}", str(n), "en") for n in range(20, 32)]
-        for role, word in words.items()
-    }
-    passages = (Prompt("w40 w41 w42", "text", "en"),)
-    texts = Splits(passages, passages, passages)
-    plan = make_plan(recipe, base, arch)
-    (ablation,) = fit(model, base, plan, recipe, prompts, texts, ByWord()).interventions
+    model, found = word_fit(tiny_llama, recipe, words)
+    (ablation,) = found.interventions
     assert isinstance(ablation, Ablate)
     states = []
-    for prompt in prompts["general"]:
+    for prompt in word_prompts("w2"):
         ids = torch.tensor([model.render(prompt.text)])
         with torch.inference_mode():
             states.append(model.model(ids, output_hidden_states=True).hidden_states[2][0, -1])

@@ -23,7 +23,7 @@ from bake.model import Batch, LiveModel
 from bake.ops import OPERATORS, Measured
 from bake.ops.ablate import Ablate, cuts, orthonormal
 from bake.plan import make_plan
-from bake.recipe import Recipe
+from bake.recipe import Gate, Recipe
 from bake.stream import write_checkpoint
 from bake.verify import check_files
 from tests.tiny import TINY, write_tiny
@@ -46,7 +46,7 @@ def measured(base: Checkpoint) -> Measured:
     """A fit that found a direction and a mean at every layer and a probe at every writer."""
 
     @cache
-    def probe(module: str, ridge: float) -> Tensor:
+    def probe(module: str, spec: Gate) -> Tensor:
         shape = base.find(f"{module}.weight").shape
         # The other axis is the stream's.
         return drawn(len(module) + sum(map(ord, module)), math.prod(shape) // 32)

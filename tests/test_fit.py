@@ -14,6 +14,8 @@ from bake.errors import FitError
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.wrmd import confidence_weight
 from bake.model import LiveModel
+from tests.test_archs import recipe_of
+from tests.word_fit import word_fit
 
 SEEDS = st.integers(0, 2**31)
 
@@ -141,3 +143,21 @@ def test_a_class_without_weight_is_refused() -> None:
     empty.add(torch.ones(2, 3), torch.zeros(2))
     with pytest.raises(FitError, match="no sample"):
         _ = empty.mean
+
+
+@pytest.mark.parametrize("strength", [-1.0, 1.0])
+def test_a_gate_steers_protected_prompts_towards_refusal(tiny_llama: Path, strength: float) -> None:
+    """Whichever way the target goes, and only as far as the recipe has it."""
+    spec = {"op": "gate", "layers": [1], "strength": strength, "ridge": 1e-6}
+    found = [
+        word_fit(tiny_llama, recipe_of(spec | {"protected": protected}))[1].openings
+        for protected in (0.0, 1.0, 2.0)
+    ]
+    assert len(found[0]) == 2
+    for module in found[0]:
+        once, twice = (
+            strength * (one[module]["protected"] - found[0][module]["protected"])
+            for one in found[1:]
+        )
+        assert once > 0.2
+        assert abs(twice / once - 2) < 1e-3

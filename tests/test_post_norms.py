@@ -18,17 +18,15 @@ from bake.checkpoint import Checkpoint
 from bake.edits import Edit
 from bake.errors import ArchitectureError, FitError
 from bake.fit.constant import with_constants
-from bake.fit.run import fit
 from bake.hooks import Intervention, on_output, steered
-from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel
 from bake.ops.add import Add
 from bake.ops.gate import Gate
 from bake.plan import make_plan
-from bake.prompts import Prompt, Splits
 from bake.recipe import Recipe
 from tests.test_archs import BATCH, baked, drawn, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny
+from tests.word_fit import word_fit
 
 POST_NORMS = ("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
 CONVERSATIONS = [Conversation(tuple(ids.tolist()), 7, (7,)) for ids in BATCH.ids]
@@ -200,18 +198,6 @@ def test_a_readout_in_front_of_a_norm_reads_shares_of_what_it_divides_by(tmp_pat
     torch.testing.assert_close(moments.gram, a.T @ a / len(a), atol=1e-6, rtol=1e-5)
 
 
-class ByWord:
-    """A judge that goes by the prompt: `w1 ...` and `w2 ...` are refused, the rest answered."""
-
-    name = "by word"
-
-    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        return [
-            Verdict(REFUSED if one.prompt.startswith(("w1 ", "w2 ")) else ANSWERED)
-            for one in exchanges
-        ]
-
-
 @pytest.mark.parametrize("model_type", POST_NORMS)
 def test_a_fitted_gate_opens_in_front_of_the_norm_by_shares(
     tmp_path: Path, model_type: str
@@ -224,15 +210,7 @@ def test_a_fitted_gate_opens_in_front_of_the_norm_by_shares(
     recipe = recipe_of(gate)
     (note,) = make_plan(recipe, base, arch).notes
     assert "is rescaled with the rest by model.layers.1." in note
-    words = {"target": "w1", "protected": "w2", "general": "w3", "lookalike": "w4"}
-    prompts = {
-        role: [Prompt(f"{word} w{n} w{n + 7}", str(n), "en") for n in range(20, 32)]
-        for role, word in words.items()
-    }
-    passages = (Prompt("w40 w41 w42", "text", "en"),)
-    texts = Splits(passages, passages, passages)
-    model = LiveModel.load(folder, arch)
-    found = fit(*(model, base, make_plan(recipe, base, arch), recipe, prompts, texts, ByWord()))
+    model, found = word_fit(folder, recipe)
     (one,) = found.interventions
     assert isinstance(one, Gate)
     (openings,) = found.openings.values()

@@ -5,6 +5,7 @@ that needs a direction, Gram matrices of the gated writers' inputs at the tokens
 where a gate decides.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from bake.model import LiveModel
 from bake.ops import OPERATORS, Measured
 from bake.plan import Plan, direction_layers
 from bake.prompts import Prompt, Splits
-from bake.recipe import Recipe
+from bake.recipe import Gate, Recipe
 
 __all__ = ["ClassRecord", "Fitted", "fit", "fit_directions", "needs_prompts"]
 
@@ -40,9 +41,9 @@ PASSAGE_TOKENS = 96
 class Fitted:
     """The interventions in the plan's order, the directions used, and the figures of the fit.
 
-    `openings` is what each module's probe reads on average in every class: 1 on the
-    target and 0 elsewhere is ideal; `constants` how near the ridge carriers' constants
-    are to 1.
+    `openings` is what each module's probe reads on average in every class: ideal is 1 on the
+    target and 0 elsewhere, but for protected prompts that a gate steers too; `constants`
+    how near the ridge carriers' constants are to 1.
     """
 
     interventions: tuple[Intervention, ...]
@@ -91,8 +92,8 @@ def fit(
             progress(len(found))
     openings: dict[str, dict[str, float]] = {}
 
-    def probe(module: str, ridge: float) -> Tensor:
-        found = _readout(moments, module, ridge)
+    def probe(module: str, spec: Gate) -> Tensor:
+        found = _readout(moments, module, spec)
         openings[module] = {
             role: float(found @ by_tap[module].mean) for role, by_tap in moments.items()
         }
@@ -262,10 +263,14 @@ def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[i
     return range(depth) if recipe.fit.estimator == "cosmic" else layers
 
 
-def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, ridge: float) -> Tensor:
-    """The probe that reads 1 on the target's decision tokens and 0 on every other class's."""
+def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, spec: Gate) -> Tensor:
+    """The probe that reads 1 on the target's decision tokens and 0 on every other class's.
+
+    On the protected class's it reads what steers them towards refusal as far as `spec` has it.
+    """
+    values = {"target": 1.0, "protected": math.copysign(spec.protected, spec.strength)}
     classes = [
-        ReadoutClass(by_tap[module].mean, by_tap[module].gram, float(role == "target"))
+        ReadoutClass(by_tap[module].mean, by_tap[module].gram, values.get(role, 0.0))
         for role, by_tap in moments.items()
     ]
-    return ridge_readout(classes, ridge)
+    return ridge_readout(classes, spec.ridge)

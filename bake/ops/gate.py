@@ -1,7 +1,7 @@
 """`gate`, rank-one: a writer adds v · cᵀa, with a its own input and c a probe.
 
-On the target's decision tokens cᵀa is near 1, on protected and general ones near
-0, so the condition is part of the weights: W' = W + v cᵀ.
+On the target's decision tokens cᵀa is near 1, on general ones near 0, on protected ones near
+0 or where they shall be steered to, so the condition is part of the weights: W' = W + v cᵀ.
 
 Where a post-norm of gain g follows y = W a, the write is (v / g) cᵀ and c reads rms(y) in
 place of 1. The stream then receives (g ⊙ ŷ + v γ) / s, with ŷ = y / rms(y), γ near 1 on the
@@ -109,7 +109,7 @@ class GateOperator:
                 norm = arch.post_norm(one.layer, one.branch)
                 if norm:
                     vector = in_front_of(vector, measured.base, norm)
-                probe = measured.probe(one.module, spec.ridge).float()
+                probe = measured.probe(one.module, spec).float()
                 gates.append(Gate(one.module, vector, probe, one.writer.axis))
         return tuple(gates)
 

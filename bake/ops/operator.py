@@ -10,6 +10,7 @@ from bake.arch import Arch
 from bake.checkpoint import Checkpoint
 from bake.edits import Step
 from bake.hooks import Intervention
+from bake.recipe import Gate
 
 __all__ = ["Measured", "Operator"]
 
@@ -21,13 +22,14 @@ class Measured:
     """What the fit has for the operators.
 
     `directions` by layer are [d], pointing to refusal, as long as the gap between
-    the classes, or [k, d] for operators that take several; `probe(module, ridge)` reads the
-    gate [d_in] off a writer's input; `base` is the checkpoint; `means` by layer are [d], the
-    answered class's mean state where the direction was measured.
+    the classes, or [k, d] for operators that take several; `probe(module, spec)` reads the
+    gate [d_in] off a writer's input as the gate's section of the recipe has it; `base` is the
+    checkpoint; `means` by layer are [d], the answered class's mean state where the direction
+    was measured.
     """
 
     directions: Mapping[int, Tensor]
-    probe: Callable[[str, float], Tensor]
+    probe: Callable[[str, Gate], Tensor]
     base: Checkpoint
     means: Mapping[int, Tensor]
 
