@@ -1,7 +1,5 @@
 """The variants of `ablate` and its kernel: every row of the table, through the disk."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,20 +7,17 @@ import torch
 from torch import Tensor
 
 from bake.activations import Conversation
-from bake.arch import Arch
-from bake.archs import ARCHS, find_arch
+from bake.archs import ARCHS
 from bake.checkpoint import Checkpoint
 from bake.edits import Edit, RemoveKeepingNorms, RemoveSubspace
 from bake.errors import ArchitectureError, FitError
 from bake.export.layout import gguf_edit
 from bake.fit.constant import with_constants
-from bake.hooks import Intervention, on_output, steered
+from bake.hooks import steered
 from bake.model import LiveModel
 from bake.ops.ablate import Ablate, orthonormal, projected
-from bake.ops.add import Add
 from bake.plan import make_plan
-from bake.recipe import Recipe
-from tests.test_archs import (
+from tests.through_disk import (
     BATCH,
     baked,
     drawn,
@@ -30,9 +25,12 @@ from tests.test_archs import (
     everywhere,
     interventions,
     left_in_stream,
+    lost_through_disk,
     measured,
+    opened,
     recipe_of,
     stream,
+    with_exact_constants,
 )
 from tests.tiny import write_tiny
 from tests.word_fit import word_fit, word_prompts
@@ -47,49 +45,6 @@ FIRST_DENSE = {"glm4_moe", "deepseek_v2", "deepseek_v3"}
 # A post-norm stands behind every writer: the constant of a ridge carrier is added nearly there.
 POST_NORMS = {"gemma2", "gemma3_text", "olmo2", "olmo3", "glm4"}
 PARALLEL = {"phi", "cohere", "cohere2", "gpt_neox"}
-
-
-def opened(folder: Path) -> tuple[Checkpoint, Arch, int]:
-    base = Checkpoint.open(folder)
-    arch = find_arch(base.config, "config.json")
-    return base, arch, arch.layer_count(base.config)
-
-
-def lost_through_disk(
-    folder: Path, recipe: Recipe, output: Path, built: Sequence[Intervention] | None = None
-) -> tuple[float, LiveModel]:
-    """The share of the effect that the baked model loses, and that model."""
-    base, arch, _ = opened(folder)
-    built = built or interventions(base, arch, recipe)
-    model = LiveModel.load(folder, arch)
-    before = model.logits(BATCH)
-    with steered(model, built):
-        hooked = model.logits(BATCH)
-    after = baked(base, arch, recipe, output, built)
-    return effect_lost(before, hooked, after.logits(BATCH)), after
-
-
-def with_exact_constants(folder: Path, built: Sequence[Intervention]) -> list[Intervention]:
-    """Every ridge carrier with a readout that is 1 on each token of the batch.
-
-    A fit finds one that is nearly so, and then parity would measure the fit.
-    """
-    model = LiveModel.load(folder, opened(folder)[1])
-    ready: list[Intervention] = []
-    for one in built:
-        if isinstance(one, Add) and one.carried.carrier == "ridge":
-            seen: list[Tensor] = []
-            module = model.model.get_submodule(one.carried.tensor.removesuffix(".weight"))
-            with steered(model, built):
-                handle = on_output(module, lambda y, a, seen=seen: (seen.append(a), y)[1])
-                model.logits(BATCH)
-                handle.remove()
-            inputs = seen[0].flatten(0, -2).double()
-            readout = torch.linalg.pinv(inputs) @ torch.ones(len(inputs), dtype=torch.float64)
-            assert float((inputs @ readout - 1).abs().max()) < 1e-6
-            one = replace(one, readout=readout.float())
-        ready.append(one)
-    return ready
 
 
 @pytest.mark.parametrize("others", [(), ("projected",), ("affine",)], ids=" ".join)

@@ -22,7 +22,7 @@ from bake.hooks import Intervention, steered
 from bake.llama import LlamaModel
 from bake.model import LiveModel
 from bake.plan import make_plan
-from tests.test_archs import BATCH, effect_lost, interventions, recipe_of
+from tests.through_disk import BATCH, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny
 from tests.tiny_gguf import write_tiny_gguf
 

@@ -27,7 +27,7 @@ from bake.plan import check_gguf, make_plan
 from bake.recipe import Recipe
 from bake.stream import write_checkpoint
 from bake.verify import check_files
-from tests.test_archs import BATCH, baked, effect_lost, interventions, recipe_of
+from tests.through_disk import BATCH, baked, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny, write_wrapper
 from tests.tiny_gguf import write_tiny_gguf
 

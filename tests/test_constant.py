@@ -20,10 +20,11 @@ from bake.model import Batch, LiveModel
 from bake.ops.add import Add
 from bake.plan import make_plan
 from bake.prompts import Prompt, Splits
-from tests.test_ablate import ByWord
-from tests.test_archs import recipe_of
+from tests.through_disk import recipe_of
 from tests.tiny import write_tiny
+from tests.word_fit import ByWord
 
+JUDGE = ByWord(frozenset({"w1"}))
 # What a checkpoint may ask of generation, all of which would bend the distribution.
 BENT = {
     "do_sample": True,
@@ -106,7 +107,7 @@ def test_the_constant_is_fitted_on_chats_texts_and_drawn_text_alike(tmp_path: Pa
     passages = tuple(Prompt(f"w{n} w{n + 1} w{n + 2} " * 60, str(n), "en") for n in range(40, 46))
     texts = Splits(passages[:2], passages[2:4], passages[4:])
     plan = make_plan(recipe, base, arch)
-    found = fit(model, base, plan, recipe, prompts, texts, ByWord())
+    found = fit(model, base, plan, recipe, prompts, texts, JUDGE)
     (one,) = found.interventions
     assert isinstance(one, Add)
 
@@ -150,4 +151,4 @@ def test_the_constant_is_fitted_on_chats_texts_and_drawn_text_alike(tmp_path: Pa
 
     limited = recipe_of(spec | {"carrier": "ridge", "constant_error": 0.9 * error})
     with pytest.raises(FitError, match="from 1 on held-out text, constant_error allows"):
-        fit(model, base, plan, limited, prompts, texts, ByWord())
+        fit(model, base, plan, limited, prompts, texts, JUDGE)

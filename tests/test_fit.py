@@ -14,7 +14,7 @@ from bake.errors import FitError
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.wrmd import confidence_weight
 from bake.model import LiveModel
-from tests.test_archs import recipe_of
+from tests.through_disk import recipe_of
 from tests.word_fit import word_fit
 
 SEEDS = st.integers(0, 2**31)

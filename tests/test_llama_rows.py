@@ -29,8 +29,8 @@ from bake.hooks import steered
 from bake.llama import LlamaModel
 from bake.model import LiveModel
 from bake.plan import make_plan
-from tests.test_archs import BATCH, interventions, recipe_of
 from tests.test_block import WIDE
+from tests.through_disk import BATCH, interventions, recipe_of
 from tests.tiny import write_tiny
 
 pytestmark = pytest.mark.slow

@@ -24,8 +24,7 @@ from bake.ops.ablate import orthonormal
 from bake.plan import make_plan
 from bake.recipe import Recipe
 from bake.stream import write_config
-from tests.test_ablate import lost_through_disk, with_exact_constants
-from tests.test_archs import (
+from tests.through_disk import (
     BATCH,
     baked,
     drawn,
@@ -33,8 +32,10 @@ from tests.test_archs import (
     everywhere,
     interventions,
     left_in_stream,
+    lost_through_disk,
     measured,
     recipe_of,
+    with_exact_constants,
 )
 from tests.tiny import write_tiny
 

@@ -24,7 +24,7 @@ from bake.ops.add import Add
 from bake.ops.gate import Gate
 from bake.plan import make_plan
 from bake.recipe import Recipe
-from tests.test_archs import BATCH, baked, drawn, effect_lost, interventions, recipe_of
+from tests.through_disk import BATCH, baked, drawn, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny
 from tests.word_fit import word_fit
 

@@ -26,7 +26,7 @@ from bake.plan import make_plan
 from bake.quantised import dequantised
 from bake.recipe import Recipe
 from bake.verify import Divergence, check_files
-from tests.test_archs import BATCH, baked, drawn, interventions, recipe_of
+from tests.through_disk import BATCH, baked, drawn, interventions, recipe_of
 from tests.tiny import write_tiny
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}

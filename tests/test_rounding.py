@@ -18,7 +18,7 @@ from bake.checkpoint import Checkpoint
 from bake.edits import RemoveSubspace
 from bake.model import LiveModel
 from bake.ops.ablate import orthonormal
-from tests.test_archs import (
+from tests.through_disk import (
     baked,
     everywhere,
     interventions,

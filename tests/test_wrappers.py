@@ -25,7 +25,7 @@ from bake.ops.gate import Gate
 from bake.pipeline import prepare
 from bake.plan import make_plan
 from bake.recipe import Recipe
-from tests.test_archs import (
+from tests.through_disk import (
     BATCH,
     baked,
     drawn,
