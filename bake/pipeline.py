@@ -1,7 +1,6 @@
 """From a recipe to a published folder: plan, fit, write, verify, judge, publish."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -220,7 +219,7 @@ def fit_to_file(
     prompts = {role: found for role, found in every.items() if role in shown}
     concepts = ready.concept_prompts
     total = 2 * sum(map(len, prompts.values())) + sum(map(len, concepts.values()))
-    with progress("fit", total) if work.main else nullcontext(lambda _: None) as update:
+    with progress("fit", total, work.main) as update:
         directions, _ = fit_directions(
             *(model, ready.base, recipe, chosen, prompts, judge, concepts, update)
         )
@@ -266,7 +265,7 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     concepts = ready.concept_prompts
     total = 2 * sum(map(len, prompts.values())) + count + sum(map(len, concepts.values()))
     shown = needs_prompts(plan, recipe, ready.directions)
-    with progress("fit", total) if shown else nullcontext(lambda _: None) as update:
+    with progress("fit", total, shown) as update:
         return fit(
             *(model, ready.base, plan, recipe, prompts, ready.texts, judge, update),
             directions=ready.directions,

@@ -15,11 +15,15 @@ _behind_a_bar: ContextVar[bool] = ContextVar("behind_a_bar", default=False)
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show work of `total` units; the function given takes the units done since the last call.
 
-    Work inside other work has a line of its own; the outer bar goes on below it.
+    Work inside other work has a line of its own; the outer bar goes on below it. Nothing is
+    said unless `shown`: of several processes one speaks.
     """
+    if not shown:
+        yield lambda _: None
+        return
     if sys.stderr.isatty():
         _new_line()
         with click.progressbar(length=total, label=label, file=sys.stderr) as bar:

@@ -437,11 +437,12 @@ def loaded(*overrides: str, output: Path | None = None) -> LoadedRecipe:
     [("som", {"spread", "auc", "r", "cosmic"}), ("cone", {"cosmic"})],
 )
 def test_several_directions_from_the_fit_to_the_weights(
-    tmp_path: Path, estimator: str, figures: set[str]
+    tmp_path: Path, estimator: str, figures: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing of any of them is left in the stream, hooked or baked, from a file or the fit."""
     path = tmp_path / "d.safetensors"
     fit_to_file(loaded(f"fit.estimator={estimator}"), path)
+    assert ("cone, layer 1 ...\n" in capsys.readouterr().err) == (estimator == "cone")
     found = load_directions(path)
     assert found.layers == found.several == (1,)
     rows = found.basis(1)

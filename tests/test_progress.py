@@ -23,6 +23,12 @@ def terminal() -> Iterator[Terminal]:
         yield shown
 
 
+def test_who_is_not_to_speak_is_silent() -> None:
+    with terminal() as shown, progress("fit", 2, shown=False) as update:
+        update(2)
+    assert shown.getvalue() == ""
+
+
 def lines(terminal: Terminal) -> list[str]:
     """What stands on each line in the end, without control sequences."""
     plain = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", terminal.getvalue())

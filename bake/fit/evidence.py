@@ -17,6 +17,7 @@ from bake.fit.learned import LEARNED, Lesson, Said
 from bake.fit.scores import Observed
 from bake.fit.stream import observed
 from bake.model import LiveModel
+from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import Recipe
 
@@ -82,8 +83,15 @@ def directions_of(
         classes = conversations[choice.refused], conversations[choice.contrast]
         cosmic = CosmicScores(evidence.model, *classes, evidence.depth)
     if choice.estimator in LEARNED:
-        learn = partial(LEARNED[choice.estimator], _lesson(recipe, evidence, found, layers))
+        learn = partial(_learned, evidence, _lesson(recipe, evidence, found, layers))
     return estimated(recipe, found, evidence.sets, layers, cosmic, learn)
+
+
+def _learned(evidence: Evidence, lesson: Lesson, layer: int) -> Tensor:
+    choice = lesson.choice
+    label = f"{choice.estimator}, layer {layer}"
+    with progress(label, choice.steps, evidence.model.work.main) as update:
+        return LEARNED[choice.estimator](lesson, layer, update)
 
 
 def _lesson(

@@ -23,6 +23,8 @@ from bake.recipe import Fit
 
 __all__ = ["LEARNED", "ConeLoss", "Lesson", "MixLoss", "Said", "refusal_openings"]
 
+Loss = Callable[[Tensor, int], Tensor]
+Progress = Callable[[int], None]
 BATCH = 16
 # The weight of adding against ablating and staying, as in the code of arXiv:2502.17420.
 INDUCE = 0.2
@@ -197,17 +199,17 @@ def refusal_openings(refused: Sequence[Said], answered: Sequence[Said]) -> list[
     return found
 
 
-def _cone(lesson: Lesson, layer: int) -> Tensor:
+def _cone(lesson: Lesson, layer: int, progress: Progress) -> Tensor:
     """The basis [k, d], from the mean difference and random directions."""
     gap = _gap(lesson, layer)
     generator = torch.Generator().manual_seed(lesson.seed)
     others = torch.randn(lesson.choice.basis - 1, len(gap), generator=generator)
-    loss = ConeLoss(lesson, layer, gap)
+    loss = _counted(ConeLoss(lesson, layer, gap), progress)
     start = torch.cat([gap[None], others])
     return cone_basis(loss, start, lesson.choice.steps, BATCH, lesson.seed).double()
 
 
-def _low_rank_mix(lesson: Lesson, layer: int) -> Tensor:
+def _low_rank_mix(lesson: Lesson, layer: int, progress: Progress) -> Tensor:
     """The direction [d], mixed of the sparse differences of every kind and the answered class."""
     refused, answered = lesson.samples[layer]
     differences = lesson.kinds[layer] - answered.mean
@@ -216,8 +218,20 @@ def _low_rank_mix(lesson: Lesson, layer: int) -> Tensor:
     basis = mixing_basis(independent(torch.stack(kinds)), rows, lesson.choice.ridge)
     loss = MixLoss(lesson, layer, refusal_openings(lesson.refused, lesson.answered))
     length = float(_gap(lesson, layer).norm())
-    learned = learned_mix(loss, basis.float(), length, lesson.choice.steps, lesson.seed).double()
+    counted, steps = _counted(loss, progress), lesson.choice.steps
+    learned = learned_mix(counted, basis.float(), length, steps, lesson.seed).double()
     return unit(learned, learned)
+
+
+def _counted(loss: Loss, progress: Progress) -> Loss:
+    """The loss, which says when a step is done."""
+
+    def counted(directions: Tensor, step: int) -> Tensor:
+        found = loss(directions, step)
+        progress(1)
+        return found
+
+    return counted
 
 
 def _gap(lesson: Lesson, layer: int) -> Tensor:
@@ -225,7 +239,8 @@ def _gap(lesson: Lesson, layer: int) -> Tensor:
     return (refused.mean - answered.mean).float()
 
 
-LEARNED: Mapping[str, Callable[[Lesson, int], Tensor]] = {
+# By name: the directions of a lesson behind a layer; the last argument hears of every step done.
+LEARNED: Mapping[str, Callable[[Lesson, int, Progress], Tensor]] = {
     "cone": _cone,
     "low-rank-mix": _low_rank_mix,
 }
