@@ -47,10 +47,6 @@ _LISTED_WINDOWS = ("attention.sliding_window_pattern", "sliding_attention")
 _NO_DENSE = tuple(
     (name, "has no dense block among mixtures of experts") for name in ("llama.cpp", "ollama")
 )
-_DENSE_UNPROVEN = tuple(
-    (name, "gives other logits with one more leading dense block")
-    for name in ("llama.cpp", "ollama")
-)
 _DENSE_UNREAD = tuple(
     (name, "was not read for dense blocks among mixtures of experts") for name in ("mlx", "sglang")
 )
@@ -297,8 +293,8 @@ def _shared(name: str) -> tuple[str, ...]:
     return (f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj", f"mlp.{name}_gate")
 
 
-# The first blocks are dense. One more gave other logits in llama.cpp (tests/test_llama_rows.py).
-_LEADING = Block(leading=("first_k_dense_replace",), unserved=_DENSE_UNPROVEN)
+# The first blocks are dense.
+_LEADING = Block(leading=("first_k_dense_replace",))
 _MIXTRAL = replace(
     _MISTRAL,
     model_type="mixtral",

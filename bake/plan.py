@@ -320,6 +320,10 @@ def _given(recipe: Recipe, directions: Directions, layers: int, width: int) -> s
     )
 
 
+# How many of a GGUF's blocks, the last ones, predict further tokens (llama.cpp's --no-mtp).
+PREDICTING = "nextn_predict_layers"
+
+
 def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None:
     """Refuse a base GGUF that is not of the checkpoint's model, from headers alone.
 
@@ -331,7 +335,8 @@ def check_gguf(plan: Plan, base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None
             f"but the checkpoint's is {arch.gguf_architecture!r}; give a GGUF of the same model"
         )
     blocks = gguf.metadata.get(f"{gguf.architecture}.block_count")
-    if blocks != plan.layers:
+    ahead = gguf.metadata.get(f"{gguf.architecture}.{PREDICTING}", 0)
+    if blocks != plan.layers and not (isinstance(ahead, int) and blocks == plan.layers + ahead):
         raise GGUFError(
             f"{gguf.path}: it has {blocks} blocks, the checkpoint {plan.layers}; "
             "give a GGUF of the same model"
@@ -363,6 +368,11 @@ def _check_gguf_blocks(plan: Plan, arch: Arch, gguf: GGUFFile) -> None:
     insertion = plan.insertion.of_gguf()
     if not insertion.after:
         return
+    if gguf.metadata[f"{gguf.architecture}.block_count"] != plan.layers:
+        raise GGUFError(
+            f"{gguf.path}: a block is to be inserted, and the file's last blocks are for "
+            "multi-token prediction; convert it with --no-mtp, or use carrier: ridge"
+        )
     assert isinstance(arch.block, Block)
     refusals = arch.block.refusals(plan.layers, plan.layers + len(insertion.after))
     if "llama.cpp" in refusals:

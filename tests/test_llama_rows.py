@@ -19,16 +19,18 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+from bake.arch import Arch
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.edits import Edit
+from bake.errors import GGUFError
 from bake.export.layout import patch_gguf
 from bake.export.same_model import check_same_model
 from bake.gguf_file import GGUFFile
 from bake.hooks import steered
 from bake.llama import LlamaModel
 from bake.model import LiveModel
-from bake.plan import make_plan
+from bake.plan import check_gguf, make_plan
 from tests.test_block import WIDE
 from tests.through_disk import BATCH, interventions, recipe_of
 from tests.tiny import write_tiny
@@ -51,11 +53,18 @@ BLOCK = {"op": "add", "layer": 1, "strength": 2.0, "carrier": "block"}
 FIRST = BLOCK | {"layer": 0}
 # llama.cpp holds no head of its own for these, or its converter leaves it out.
 TIED = {"tie_word_embeddings": True}
+SECTIONS = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [1, 1, 0],
+}
 # What converters read of a config.json of the Hub, and transformers 5 does not write.
 LOST = {
     "falcon_h1": {"head_dim": 8},
     "cohere2": {"rotary_pct": 1.0},
     "gpt2": {"n_ctx": 64},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
 }
 # By row: what the tiny model must be for llama.cpp to hold it, and the edits.
 ROWS: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, object]]]] = {
@@ -95,13 +104,20 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, object]]]] = {
     # As for gpt2, and the converter knows no groups of heads.
     "phi": ({"intermediate_size": 128, "num_key_value_heads": 4}, (ADD, ABLATE, BOTH, START)),
     "olmo3": ({}, (ABLATE, SHORT, START)),
-    "glm4_moe": (WIDE, (ABLATE, ONE, START)),
+    "glm4_moe": (WIDE, (ABLATE, ONE, START, FIRST)),
     "granitemoe": ({}, (ADD | {"site": "mid"}, ABLATE, ONE, START)),
+    # The sections of the rotary embedding have to fit into a tiny head.
+    "qwen3_5_text": ({"rope_parameters": SECTIONS}, (ABLATE, BOTH, START)),
+    "qwen3_5_moe_text": ({"rope_parameters": SECTIONS}, (ABLATE, ONE, START)),
+    "qwen3_next": ({}, (ABLATE, ONE, START)),
+    "qwen2_moe": ({}, (ABLATE, ONE, START)),
+    "deepseek_v2": ({}, (ABLATE, ONE, START)),
+    "deepseek_v3": ({}, (ABLATE, ONE, START)),
 }
 CONVERT = """
 import sys
 from pathlib import Path
-tree, folder, output, words = sys.argv[1:]
+tree, folder, output, words, predicting = sys.argv[1:]
 sys.path[:0] = [tree, str(Path(tree, "gguf-py"))]
 import gguf, torch
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
@@ -112,6 +128,7 @@ def set_vocab(model):
 
 chosen = get_model_architecture(ModelBase.load_hparams(Path(folder), False), ModelType.TEXT)
 converter = get_model_class(chosen)
+converter.no_mtp = predicting == "False"
 for one in [converter, *vars(converter).values()]:
     if isinstance(one, type):
         one.set_vocab = set_vocab
@@ -140,9 +157,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*/vendor/llama.cpp"))
 
 
-def converted(tree: Path, folder: Path, output: Path) -> GGUFFile:
+def converted(tree: Path, folder: Path, output: Path, predicting: bool) -> GGUFFile:
     """The checkpoint as llama.cpp's converter writes it, in float32, with a bare vocabulary."""
-    command = [sys.executable, "-c", CONVERT, *map(str, (tree, folder, output)), "96"]
+    arguments = map(str, (tree, folder, output, 96, predicting))
+    command = [sys.executable, "-c", CONVERT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return GGUFFile.open(output)
@@ -157,20 +175,27 @@ def centred(logits: torch.Tensor) -> torch.Tensor:
     return logits - logits.mean(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("model_type", ROWS)
-def test_a_patched_gguf_is_the_hooked_model(tree: Path, tmp_path: Path, model_type: str) -> None:
-    folder = tmp_path / "base"
-    changes, edits = ROWS[model_type]
-    write_tiny(model_type, folder, **changes)
-    file = folder / "config.json"
+def opened(
+    tree: Path, folder: Path, model_type: str, *, predicting: bool = False
+) -> tuple[Checkpoint, Arch, GGUFFile]:
+    """A tiny checkpoint and its GGUF by llama.cpp's converter."""
+    write_tiny(model_type, folder / "base", **ROWS[model_type][0])
+    file = folder / "base" / "config.json"
     config = json.loads(file.read_text()) | LOST.get(model_type, {})
     file.write_text(json.dumps(config))
-    base = Checkpoint.open(folder)
+    base = Checkpoint.open(folder / "base")
     arch = find_arch(base.config, "config.json", base.tensors)
-    gguf = converted(tree, folder, tmp_path / "base.gguf")
+    gguf = converted(tree, base.folder, folder / "base.gguf", predicting)
     assert gguf.architecture == arch.gguf_architecture
     check_same_model(gguf, base, arch)
-    model = LiveModel.load(folder, arch)
+    return base, arch, gguf
+
+
+def check_edits(
+    base: Checkpoint, arch: Arch, gguf: GGUFFile, edits: Sequence[Mapping[str, object]]
+) -> None:
+    """Patch the GGUF by each of some edits: its logits move as those of the hooked model do."""
+    model = LiveModel.load(base.folder, arch)
     before = model.logits(BATCH)
     there = logits(gguf.path)
     # gelu is a table of float16 in llama.cpp.
@@ -182,8 +207,9 @@ def test_a_patched_gguf_is_the_hooked_model(tree: Path, tmp_path: Path, model_ty
         for one in built:
             for edit in one.edits():
                 made.setdefault(edit.tensor, []).append(edit)
-        output = tmp_path / f"{number}.gguf"
+        output = gguf.path.with_name(f"{number}.gguf")
         plan = make_plan(recipe_of(spec), base, arch)
+        check_gguf(plan, base, arch, gguf)
         patch_gguf(
             *(plan, arch, base.config, gguf, made, output), edited_type=GGMLQuantizationType.F32
         )
@@ -194,3 +220,18 @@ def test_a_patched_gguf_is_the_hooked_model(tree: Path, tmp_path: Path, model_ty
             centred(after - base) for after, base in ((hooked, before), (logits(output), there))
         )
         assert float((moved_there - moved).abs().max()) < 1e-2 * float(moved.abs().max()), spec
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_a_patched_gguf_is_the_hooked_model(tree: Path, tmp_path: Path, model_type: str) -> None:
+    check_edits(*opened(tree, tmp_path, model_type), ROWS[model_type][1])
+
+
+def test_blocks_that_predict_further_tokens_are_left_alone(tree: Path, tmp_path: Path) -> None:
+    """The last block of such a file is none of the checkpoint's; no block goes in before it."""
+    base, arch, gguf = opened(tree, tmp_path, "glm4_moe", predicting=True)
+    assert gguf.metadata["glm4moe.block_count"] == arch.layer_count(base.config) + 1
+    check_edits(base, arch, gguf, (ABLATE, ONE, START))
+    plan = make_plan(recipe_of(FIRST), base, arch)
+    with pytest.raises(GGUFError, match="multi-token prediction; convert it with --no-mtp"):
+        check_gguf(plan, base, arch, gguf)
