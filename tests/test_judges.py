@@ -552,18 +552,18 @@ def test_the_local_judge_says_what_its_model_writes(demo: Demo, tmp_path: Path) 
         )
         with torch.inference_mode():
             written = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
             )
         wanted.append(read_verdict(tokenizer.decode(written[0, ids.shape[1] :])))
-    assert LocalJudge(str(demo.model), tokens=24).judge(exchanges) == wanted
+    assert LocalJudge(str(demo.model), tokens=12).judge(exchanges) == wanted
     # With a cache a rerun writes nothing again: it does not even load the model.
     kept = Replies(tmp_path)
-    assert LocalJudge(str(demo.model), tokens=24, replies=kept).judge(exchanges) == wanted
-    again = LocalJudge(str(demo.model), tokens=24, replies=kept)
+    assert LocalJudge(str(demo.model), tokens=12, replies=kept).judge(exchanges) == wanted
+    again = LocalJudge(str(demo.model), tokens=12, replies=kept)
     assert again.judge(exchanges) == wanted
     assert "_loaded" not in vars(again)
     assert kept.get(again._request(exchanges[0])) is not None
-    assert kept.get(LocalJudge(str(demo.model), tokens=25)._request(exchanges[0])) is None
+    assert kept.get(LocalJudge(str(demo.model), tokens=13)._request(exchanges[0])) is None
 
 
 def test_a_local_judge_that_is_none(tmp_path: Path) -> None:
