@@ -208,7 +208,9 @@ def lost(folder: Path, bases: Sequence[str]) -> None:
         for name in bases:
             base = GGUFFile.open(quantise(materialise().gguf, name, folder))
             plain = logits(base.path, steering.sequences)
-            inputs = input_moments(model, steering.interventions, base, steering.edits, prompts)
+            inputs = input_moments(
+                *(model, steering.interventions, base, ready.base.config, steering.edits, prompts)
+            )
             for kind in CASES[name]:
                 output = folder / "patched.gguf"
                 output.unlink(missing_ok=True)
