@@ -18,13 +18,13 @@ from torch import Tensor
 
 from bake.errors import FitError
 from bake.evaluate import judged, rates
-from bake.fit.cosmic import shifted
 from bake.fit.evidence import bare
 from bake.fit.geometry import cosines, generic, of_length, random_direction
 from bake.fit.labels import labelled
 from bake.fit.mean_difference import mean_difference
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed
+from bake.fit.shifted import shifted
 from bake.fit.spread import bootstrap_cosine
 from bake.judge import Judge
 from bake.judge.choice import find_judge

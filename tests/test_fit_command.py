@@ -14,9 +14,11 @@ from bake.demo import Demo
 from bake.directions import Directions, load_directions, save_directions
 from bake.directions.value import Origin
 from bake.errors import DirectionsError, FitError
-from bake.fit.cosmic import CosmicScores, cosmic_score, least_alike, shifted
+from bake.fit.cosmic import CosmicScores, cosmic_score, least_alike
 from bake.fit.estimators import ESTIMATORS
+from bake.fit.first_token import FirstToken
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
+from bake.fit.shifted import shifted
 from bake.judge import ANSWERED, REFUSED, UNREAD, Exchange, Verdict
 from bake.model import LiveModel
 from bake.pipeline import fit_to_file
@@ -51,6 +53,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{role}.txt").write_text("\n".join(lines))
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
+
+
+# The figures that take passes of their own.
+OF_PASSES = {"cosmic", "bypass", "induce", "kl"}
 
 
 class ByTopic:
@@ -125,7 +131,7 @@ def test_every_estimator_gives_a_file_with_its_figures(tmp_path: Path, estimator
     for layer in found.layers:
         assert torch.equal(found.vectors[layer], written.vectors[layer])
         assert found.figures[layer] == written.figures[layer]
-        assert {"spread", "auc", "r", "cosmic"} == set(found.figures[layer])
+        assert {"spread", "auc", "r"} | OF_PASSES == set(found.figures[layer])
         delta = states("target", layer).mean(0) - states("general", layer).mean(0)
         vector = found.vectors[layer].double()
         # As long as the gap along it, and towards refusal.
@@ -232,6 +238,47 @@ def test_cosmic_scores_are_those_of_the_shifted_model() -> None:
     assert scores.score(1, vector) == pytest.approx(wanted, abs=1e-4)
 
 
+def test_first_token_scores_are_those_of_the_shifted_model() -> None:
+    model = LiveModel.load(Path("model"), ARCHS["llama"])
+    chats = {
+        role: [model.render(prompt.text) for prompt in load_splits(f"{role}.txt").fit]
+        for role in ("target", "general")
+    }
+    conversations = [
+        [Conversation((*ids, 7, 8), len(ids) - 1, (), 1.0) for ids in chats[role]] for role in chats
+    ]
+    conversations[1].append(Conversation((1, 2, 3), 2, (), 0.0))
+    scores = FirstToken(model, *conversations, 3, [5, 40])
+    vector, basis = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(2)) for shape in ((32,), (2, 32))
+    )
+
+    def shares(role: str, **change: object) -> torch.Tensor:
+        """P of every token, first in the answers."""
+        rows = []
+        for ids in chats[role]:
+            with shifted(model, 3, **change), torch.inference_mode():  # type: ignore[arg-type]
+                rows.append(model.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1))
+        return torch.stack(rows)
+
+    def log_odds(found: torch.Tensor) -> float:
+        opens = found[:, [5, 40]].sum(1)
+        return float((opens / (1 - opens)).log().mean())
+
+    for several, span in ((None, vector), (basis, basis)):
+        found = scores.figures(1, vector, several)
+        clean, without = shares("general"), shares("general", remove=span)
+        assert found == pytest.approx(
+            {
+                "bypass": log_odds(shares("target", remove=span)),
+                "induce": log_odds(shares("general", add={1: vector})),
+                "kl": float((clean * (clean / without).log()).sum(1).mean()),
+            },
+            rel=1e-3,
+        )
+    assert set(FirstToken(model, *conversations, 3, []).figures(1, vector)) == {"kl"}
+
+
 def test_cosmic_takes_the_best_layer_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +288,7 @@ def test_cosmic_takes_the_best_layer_for_all(
     # The last fifth of the layers is out of the question.
     points = {0: 0.5, 1: 0.3, 2: 0.4, 3: 0.9, 4: 1.9}
     monkeypatch.setattr(CosmicScores, "score", lambda self, layer, *_: points[layer])
-    monkeypatch.setattr(CosmicScores, "divergence", lambda self, vector: 0.01)
+    monkeypatch.setattr(FirstToken, "divergence", lambda self, vector: 0.01)
     path = tmp_path / "d.safetensors"
     fit_to_file(loaded(*deep), path)
     model = str(tmp_path / "deep")
@@ -249,7 +296,7 @@ def test_cosmic_takes_the_best_layer_for_all(
     for vector in load_directions(path).vectors.values():
         cosine = float(vector.double() @ wanted / vector.norm() / wanted.norm())
         assert abs(cosine) > 1 - 1e-6
-    monkeypatch.setattr(CosmicScores, "divergence", lambda self, vector: 0.2)
+    monkeypatch.setattr(FirstToken, "divergence", lambda self, vector: 0.2)
     with pytest.raises(FitError, match=r"cosmic: .*general prompts are answered otherwise"):
         fit_to_file(loaded(*deep), tmp_path / "none.safetensors")
 

@@ -11,8 +11,8 @@ import torch
 
 from bake.archs import ARCHS
 from bake.errors import FitError, PromptError
-from bake.fit.cosmic import shifted
 from bake.fit.geometry import cosines, generic, of_length, random_direction
+from bake.fit.shifted import shifted
 from bake.geometry import Question, geometry_to_file, table
 from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel

@@ -35,6 +35,9 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "auc": "the share of pairs, on held-out topics, in which the refused prompt reads higher",
         "r": "Pearson's r of the reading on held-out topics with the refusal confidence",
         "cosmic": "how far it moves either class's states to the other's, from -2 to 2",
+        "bypass": "the log odds of refusing refused prompts in the first token, with it taken out",
+        "induce": "the log odds of refusing answered prompts in the first token, with it added",
+        "kl": "what answered prompts' first token loses without it, KL(clean ‖ without) in nats",
     }
 )
 """What is known of how good an estimate is, in the order in which it is shown."""

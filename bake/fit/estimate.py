@@ -12,6 +12,7 @@ from bake.directions.value import Origin
 from bake.errors import FitError
 from bake.fit.cosmic import CosmicScores
 from bake.fit.estimators import ESTIMATORS
+from bake.fit.first_token import FirstToken
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed, held_out
@@ -50,6 +51,7 @@ def estimated(
     concepts: Activations,
     layers: Sequence[int],
     cosmic: CosmicScores | None = None,
+    first_token: FirstToken | None = None,
     learn: Callable[[int], Tensor] | None = None,
 ) -> Directions:
     """The direction behind every layer, as long as the gap between the two classes along it.
@@ -57,9 +59,9 @@ def estimated(
     A strength of 1 therefore moves the answered class's mean to the refused one's, measured
     along the direction; several of a layer are each as long as the gap within their span.
     `learn` gives the directions of a layer where that takes the live model. Each comes with
-    its figures: `spread`, `auc`, `r`, and given `cosmic` its score. What is learned has the
-    last alone, as the others would learn it anew for every resample. Raises FitError where the
-    data determine no direction.
+    its figures: `spread`, `auc`, `r`, and those that `cosmic` and `first_token` give. What is
+    learned has these alone, as the others would learn it anew for every resample. Raises
+    FitError where the data determine no direction.
     """
     refused, answered = found[recipe.fit.refused], found[recipe.fit.contrast]
     estimates = {
@@ -77,8 +79,8 @@ def estimated(
     }
     chosen = None
     if recipe.fit.estimator == "cosmic":
-        assert cosmic is not None
-        chosen = _chosen_by_cosmic(recipe.fit, estimates, samples, cosmic)
+        assert cosmic is not None and first_token is not None
+        chosen = _chosen_by_cosmic(recipe.fit, estimates, samples, cosmic, first_token)
         units = dict.fromkeys(layers, chosen.direction)
     vectors: dict[int, Tensor] = {}
     figures: dict[int, dict[str, float]] = {}
@@ -99,10 +101,12 @@ def estimated(
                 *(estimates[source], refused[source].kept, answered[source].kept),
                 *(recipe.fit.bootstrap, recipe.seed),
             )
+        basis = vectors[layer].float() if several else None
+        moved = (gap if several else vectors[layer]).float()
         if cosmic:
-            basis = vectors[layer].float() if several else None
-            moved = gap if several else vectors[layer]
-            figures[layer]["cosmic"] = cosmic.score(layer, moved.float(), basis)
+            figures[layer]["cosmic"] = cosmic.score(layer, moved, basis)
+        if first_token:
+            figures[layer] |= first_token.figures(layer, moved, basis)
     return Directions(vectors, _origin(recipe), figures)
 
 
@@ -183,6 +187,7 @@ def _chosen_by_cosmic(
     estimates: Mapping[int, Estimate],
     samples: Mapping[int, tuple[Samples, Samples]],
     cosmic: CosmicScores,
+    first_token: FirstToken,
 ) -> _Chosen:
     """The layer of the best score whose direction, taken out, leaves answered prompts alone."""
     candidates = []
@@ -194,7 +199,7 @@ def _chosen_by_cosmic(
         gap = direction @ (first.mean - second.mean) * direction
         candidates.append((-cosmic.score(layer, gap.float()), layer, direction))
     for _, layer, direction in sorted(candidates, key=lambda one: one[:2]):
-        if cosmic.divergence(direction.float()) <= DIVERGENCE:
+        if first_token.divergence(direction.float()) <= DIVERGENCE:
             return _Chosen(layer, direction)
     raise FitError(
         f"fit.estimator: cosmic: without any layer's direction the {choice.contrast} prompts are "

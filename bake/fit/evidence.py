@@ -12,14 +12,15 @@ from bake.activations import Conversation, Moments, Tap, collect
 from bake.directions import Directions
 from bake.fit.cosmic import CosmicScores
 from bake.fit.estimate import Activations, estimated, roles_shown
+from bake.fit.first_token import FirstToken
 from bake.fit.labels import Labelled
-from bake.fit.learned import LEARNED, Lesson, Said
+from bake.fit.learned import LEARNED, Lesson, Said, refusal_openings
 from bake.fit.scores import Observed
 from bake.fit.stream import observed
 from bake.model import LiveModel
 from bake.progress import progress
 from bake.prompts import Prompt
-from bake.recipe import Recipe
+from bake.recipe import Fit, Recipe
 
 __all__ = ["Evidence", "bare", "directions_of"]
 
@@ -67,7 +68,10 @@ def bare(
 def directions_of(
     recipe: Recipe, evidence: Evidence, layers: Sequence[int], scored: bool = False
 ) -> Directions:
-    """The directions behind some layers with their figures, COSMIC's score too where `scored`."""
+    """The directions behind some layers with their figures.
+
+    Where `scored` those too that take passes of their own.
+    """
     conversations, choice = evidence.conversations, recipe.fit
     seen = [layer for layer in evidence.moments[choice.refused] if isinstance(layer, int)]
     found = {
@@ -78,13 +82,15 @@ def directions_of(
         for role, labels in evidence.labels.items()
         if role in roles_shown(choice)
     }
-    cosmic = learn = None
+    cosmic = first_token = learn = None
     if scored or choice.estimator == "cosmic":
         classes = conversations[choice.refused], conversations[choice.contrast]
         cosmic = CosmicScores(evidence.model, *classes, evidence.depth)
+        openings = refusal_openings(*_said(evidence, choice))
+        first_token = FirstToken(evidence.model, *classes, evidence.depth, openings)
     if choice.estimator in LEARNED:
         learn = partial(_learned, evidence, _lesson(recipe, evidence, found, layers))
-    return estimated(recipe, found, evidence.sets, layers, cosmic, learn)
+    return estimated(recipe, found, evidence.sets, layers, cosmic, first_token, learn)
 
 
 def _learned(evidence: Evidence, lesson: Lesson, layer: int) -> Tensor:
@@ -94,15 +100,21 @@ def _learned(evidence: Evidence, lesson: Lesson, layer: int) -> Tensor:
         return LEARNED[choice.estimator](lesson, layer, update)
 
 
+def _said(evidence: Evidence, choice: Fit) -> tuple[Sequence[Said], Sequence[Said]]:
+    """The refused class and the other one: prompts that behave as it does, with answers."""
+
+    def of(role: str) -> list[Said]:
+        pairs = zip(evidence.labels[role], evidence.conversations[role], strict=True)
+        return [Said(label.start, label.answer) for label, one in pairs if one.weight > 0]
+
+    return of(choice.refused), of(choice.contrast)
+
+
 def _lesson(
     recipe: Recipe, evidence: Evidence, classes: Activations, layers: Sequence[int]
 ) -> Lesson:
     """What an estimator learns from: the prompts that behave as their class does."""
     choice = recipe.fit
-
-    def said(role: str) -> list[Said]:
-        pairs = zip(evidence.labels[role], evidence.conversations[role], strict=True)
-        return [Said(label.start, label.answer) for label, one in pairs if one.weight > 0]
 
     def kinds(layer: int) -> Tensor:
         roles = dict.fromkeys((choice.refused, "protected"))
@@ -111,8 +123,9 @@ def _lesson(
         return torch.stack([one.samples.mean for one in found])
 
     refused, answered = classes[choice.refused], classes[choice.contrast]
+    said = _said(evidence, choice)
     return Lesson(
-        *(evidence.model, evidence.depth, said(choice.refused), said(choice.contrast)),
+        *(evidence.model, evidence.depth, *said),
         samples={layer: (refused[layer].samples, answered[layer].samples) for layer in layers},
         kinds={layer: kinds(layer) for layer in layers},
         choice=choice,

@@ -13,9 +13,9 @@ from torch import Tensor
 from bake.errors import FitError
 from bake.fit.category import sparse
 from bake.fit.cone import cone_basis
-from bake.fit.cosmic import shifted
 from bake.fit.low_rank_mix import learned_mix, mixing_basis
 from bake.fit.samples import Samples, unit
+from bake.fit.shifted import shifted
 from bake.fit.span import independent
 from bake.fit.tail import Tail
 from bake.model import LiveModel, batches
@@ -184,19 +184,10 @@ class MixLoss:
 
 
 def refusal_openings(refused: Sequence[Said], answered: Sequence[Said]) -> list[int]:
-    """The tokens that open a larger share of the refused answers than of the others.
-
-    Raises FitError where there is none.
-    """
+    """The tokens that open a larger share of the refused answers than of the others."""
     counts = [Counter(one.answer[0] for one in said if one.answer) for said in (refused, answered)]
     shares = [{token: n / one.total() for token, n in one.items()} for one in counts]
-    found = sorted(token for token in shares[0] if shares[0][token] > shares[1].get(token, 0.0))
-    if not found:
-        raise FitError(
-            "fit.estimator: low-rank-mix: refusals open with no token of their own, so there is "
-            "no sign of one in the first token; take another estimator"
-        )
-    return found
+    return sorted(token for token in shares[0] if shares[0][token] > shares[1].get(token, 0.0))
 
 
 def _cone(lesson: Lesson, layer: int, progress: Progress) -> Tensor:
@@ -211,12 +202,18 @@ def _cone(lesson: Lesson, layer: int, progress: Progress) -> Tensor:
 
 def _low_rank_mix(lesson: Lesson, layer: int, progress: Progress) -> Tensor:
     """The direction [d], mixed of the sparse differences of every kind and the answered class."""
+    openings = refusal_openings(lesson.refused, lesson.answered)
+    if not openings:
+        raise FitError(
+            "fit.estimator: low-rank-mix: refusals open with no token of their own, so there is "
+            "no sign of one in the first token; take another estimator"
+        )
     refused, answered = lesson.samples[layer]
     differences = lesson.kinds[layer] - answered.mean
     kinds = [unit(sparse(one, lesson.choice.entries), one) for one in differences]
     rows = torch.cat([refused.centred, answered.centred]) / 2**0.5
     basis = mixing_basis(independent(torch.stack(kinds)), rows, lesson.choice.ridge)
-    loss = MixLoss(lesson, layer, refusal_openings(lesson.refused, lesson.answered))
+    loss = MixLoss(lesson, layer, openings)
     length = float(_gap(lesson, layer).norm())
     counted, steps = _counted(loss, progress), lesson.choice.steps
     learned = learned_mix(counted, basis.float(), length, steps, lesson.seed).double()

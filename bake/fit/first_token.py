@@ -1,0 +1,103 @@
+"""What a direction does to the first token of the answers, none of which is written.
+
+Source: Arditi et al. 2024 (arXiv:2406.11717), its selection of a direction; the limits are
+those of its code (refusal_direction, pipeline/submodules/select_direction.py).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bake.activations import Conversation
+from bake.fit.shifted import digest, first_prompts, shifted
+from bake.model import Batch, LiveModel, batches
+
+__all__ = ["FirstToken", "refusal_score"]
+
+BATCH = 8
+
+
+def refusal_score(logits: Tensor, openings: Sequence[int]) -> Tensor:
+    """log P(R) - log(1 - P(R)) [n], for R all tokens in `openings`, of logits [n, vocabulary]."""
+    opens = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    opens[list(openings)] = True
+    found: Tensor = logits[:, opens].logsumexp(-1) - logits[:, ~opens].logsumexp(-1)
+    return found
+
+
+class FirstToken:
+    """Scores of directions on a live model of `layers` blocks, by its first answer token.
+
+    At most 32 prompts of each class take part. `openings` are the tokens by which a refusal
+    is known; where there is none, only the divergence is.
+    """
+
+    def __init__(
+        self,
+        model: LiveModel,
+        refused: Sequence[Conversation],
+        answered: Sequence[Conversation],
+        layers: int,
+        openings: Sequence[int],
+    ) -> None:
+        self._model, self._layers, self._openings = model, layers, openings
+        self._refused, self._answered = first_prompts(refused), first_prompts(answered)
+
+    def figures(self, layer: int, vector: Tensor, basis: Tensor | None = None) -> dict[str, float]:
+        """`bypass`, `induce` and `kl` of a direction [d] behind a block, as long as the class gap.
+
+        The first two are mean refusal scores: of refused prompts with the direction taken out,
+        of answered ones with it added. Of several the span, `basis` [k, d], is taken out.
+        """
+        span = vector if basis is None else basis
+        found = {"kl": self.divergence(span)}
+        if self._openings:
+            without = partial(shifted, self._model, self._layers, remove=span)
+            added = partial(shifted, self._model, self._layers, add={layer: vector})
+            key = ["bypass", digest(span)]
+            found["bypass"] = self._score(self._refused, without, key)
+            found["induce"] = self._score(self._answered, added, ["induce", layer, digest(vector)])
+        return found
+
+    def divergence(self, span: Tensor) -> float:
+        """KL(clean ‖ without the direction) of the first token of answers to answered prompts."""
+
+        def moved(batch: Batch) -> Tensor:
+            before = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
+            with shifted(self._model, self._layers, remove=span):
+                after = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
+            return (before.exp() * (before - after)).sum(-1)
+
+        return self._mean(self._answered, moved, ["divergence", digest(span)])
+
+    def _score(
+        self,
+        prompts: Sequence[Conversation],
+        steering: Callable[[], ExitStack],
+        key: Sequence[object],
+    ) -> float:
+        def score(batch: Batch) -> Tensor:
+            with steering():
+                return refusal_score(self._model.logits(batch)[:, -1], self._openings)
+
+        return self._mean(prompts, score, [*key, *self._openings])
+
+    def _mean(
+        self,
+        prompts: Sequence[Conversation],
+        measure: Callable[[Batch], Tensor],
+        key: Sequence[object],
+    ) -> float:
+        """The mean of a measure [n] over prompts, each process of a launch doing its batches."""
+        padded = batches([one.ids for one in prompts], self._model.tokenizer.pad_token_id, BATCH)
+        parts = [
+            found["sum"].double()
+            for _, found in self._model.work.results(
+                padded, lambda batch: {"sum": measure(batch).sum()}, lambda _: key
+            )
+        ]
+        (total,) = self._model.work.summed([sum(parts, torch.zeros((), dtype=torch.float64))])
+        return float(total) / len(prompts)
