@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bake.arch import Arch
 from bake.errors import CheckpointError
+from bake.placement import placement, removed_with
 from bake.tokens import shared_beginning
 from bake.work import Work
 
@@ -89,7 +90,8 @@ class LiveModel:
         """Load a checkpoint folder with stock classes, refusing weights that they ignore.
 
         Without a dtype it is the checkpoint's own, or float32 where the processor has
-        no fast arithmetic in that. Raises CheckpointError when transformers cannot load
+        no fast arithmetic in that. What does not fit into memory is read from disk in every
+        pass (`placement`). Raises CheckpointError when transformers cannot load
         it, when tensors of the file find no place in the class, when a wrapper's text
         model is not of the row's class, or when there is no chat template.
         """
@@ -109,9 +111,19 @@ class LiveModel:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
             loader = AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+            stored = config.get_text_config().dtype or torch.float32
+            wanted = dtype or (stored if _fast(stored) else torch.float32)
+            # What dequantises on loading takes its own way there.
+            quantised = hasattr(config, "quantization_config")
+            placed = {} if quantised else placement(folder, wanted)
             model, report = loader.from_pretrained(
-                folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+                folder,
+                dtype=wanted if placed else dtype or "auto",
+                output_loading_info=True,
+                local_files_only=True,
+                **placed,
             )
+            removed_with(model, placed)
             tokenizer = _tokenizer(folder)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -135,7 +147,7 @@ class LiveModel:
                 f"{folder}: the tokenizer has no chat template; bake steers chat models"
             )
         # Of a checkpoint in FP8 transformers gives the dtype to some of the weights alone.
-        if dtype == torch.float32 or (dtype is None and not _fast(model.dtype)):
+        if not placed and (dtype == torch.float32 or (dtype is None and not _fast(model.dtype))):
             nn.Module.float(model)
         # What else a checkpoint wants of its answers (a penalty of repetitions, a cut of the
         # vocabulary) no other runtime does by itself, and drawn text would be of another kind.

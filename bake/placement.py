@@ -1,0 +1,69 @@
+"""Where the weights of a model lie while it runs: in memory, or on disk beyond what that holds."""
+
+import math
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bake.cache import cache_folder
+from bake.checkpoint import Checkpoint
+from bake.errors import CheckpointError
+from bake.progress import note
+
+__all__ = ["free_memory", "placement", "removed_with"]
+
+# Of the memory that is free the weights may take this; the rest is for activations.
+SHARE = 0.8
+
+
+def free_memory() -> int:
+    """The bytes that models may take: $BAKE_MEMORY ("24GiB"), or what the system has free.
+
+    Raises CheckpointError where the variable holds no size.
+    """
+    from accelerate.utils import convert_file_size_to_int, get_max_memory
+
+    chosen = os.environ.get("BAKE_MEMORY")
+    if not chosen:
+        return int(get_max_memory()["cpu"])
+    try:
+        return int(convert_file_size_to_int(chosen))
+    except ValueError as error:
+        raise CheckpointError(
+            f"BAKE_MEMORY: {chosen!r} is no size; give a number with its unit, such as 24GiB"
+        ) from error
+
+
+def placement(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` needs so that a checkpoint's weights fit, by their headers.
+
+    Nothing where they do. Otherwise accelerate's device map keeps as many blocks in memory as
+    the share allows and reads the others from disk in every pass. Only the folder for what
+    transformers cannot read from the checkpoint as it is lies in the cache folder.
+    """
+    room = int(SHARE * free_memory())
+    sizes = [math.prod(one.shape) for one in Checkpoint.open(folder).tensors.values()]
+    needed = sum(sizes) * dtype.itemsize
+    if needed <= room:
+        return {}
+    note(
+        f"{folder}: the weights take {needed / 2**30:.1f} GiB and have {room / 2**30:.1f} GiB: "
+        "what is beyond that is read from disk in every pass (BAKE_MEMORY sets the memory)"
+    )
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return {
+        "device_map": "auto",
+        "max_memory": {"cpu": room},
+        "offload_folder": tempfile.mkdtemp(prefix="offload-", dir=cache_folder()),
+    }
+
+
+def removed_with(model: object, placed: dict[str, Any]) -> None:
+    """Remove the folder of a placement when its model is gone."""
+    if placed:
+        weakref.finalize(model, shutil.rmtree, placed["offload_folder"], ignore_errors=True)
