@@ -74,7 +74,7 @@ def geometry_to_file(
     layer = layers[len(layers) // 2] if question.layer is None else question.layer
     ready.arch.check_layers((layer,), ready.base.config, "--layer")
     judge = find_judge(recipe.judge)
-    model = LiveModel.load(ready.base.folder, ready.arch)
+    model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
     with progress("geometry", _total(ready, kinds, question)) as update:
         found = geometry_of(model, ready, kinds, layer, question, judge, update)
     with staged_file(output, overwrite) as staging:

@@ -84,11 +84,19 @@ class LiveModel:
     tokenizer: Any
     arch: Arch
     work: Work = field(default=Work())
+    system: str | None = None
 
     @classmethod
-    def load(cls, folder: Path, arch: Arch, dtype: torch.dtype | None = None) -> "LiveModel":
+    def load(
+        cls,
+        folder: Path,
+        arch: Arch,
+        dtype: torch.dtype | None = None,
+        system: str | None = None,
+    ) -> "LiveModel":
         """Load a checkpoint folder with stock classes, refusing weights that they ignore.
 
+        `system` is the system's turn in front of every prompt, in place of the template's own.
         Without a dtype it is the checkpoint's own, or float32 where the processor has
         no fast arithmetic in that. What does not fit into memory is read from disk in every
         pass (`placement`). Raises CheckpointError when transformers cannot load
@@ -135,7 +143,7 @@ class LiveModel:
                     f"{folder}: transformers reports {kind.replace('_', ' ')}: {names[0]}"
                     + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 )
-        live = cls(model, tokenizer, arch)
+        live = cls(model, tokenizer, arch, system=system)
         decoder = type(live.decoder)
         if decoder is not MODEL_MAPPING.get(CONFIG_MAPPING[arch.model_type], None):
             raise CheckpointError(
@@ -170,7 +178,7 @@ class LiveModel:
     def render(self, prompt: str) -> list[int]:
         """The token ids of one user turn, up to where the assistant's answer begins.
 
-        Raises CheckpointError when the chat template leaves the prompt out.
+        Raises CheckpointError when the chat template leaves the prompt out, or the system's.
         """
         return list(self._templated(prompt, self._takes_parts, tokenize=True))
 
@@ -183,14 +191,24 @@ class LiveModel:
         for parts in (False, True):
             with suppress(TemplateError, TypeError):
                 one, two = (self._templated(text, parts, tokenize=False) for text in ("one", "two"))
-                if one != two:
+                if one != two and (self.system or "").strip() in one:
                     return parts
-        raise CheckpointError(f"{self.tokenizer.name_or_path}: its chat template drops the prompt")
+        raise CheckpointError(
+            f"{self.tokenizer.name_or_path}: its chat template "
+            + (
+                "takes no system prompt; leave system_prompt out"
+                if self.system
+                else "drops the prompt"
+            )
+        )
 
     def _templated(self, prompt: str, parts: bool, *, tokenize: bool) -> Any:
-        content = [{"type": "text", "text": prompt}] if parts else prompt
+        turns = [("system", self.system)] if self.system else []
         return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            [
+                {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+                for role, text in [*turns, ("user", prompt)]
+            ],
             add_generation_prompt=True,
             tokenize=tokenize,
             return_dict=False,

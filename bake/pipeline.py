@@ -159,7 +159,7 @@ def bake(
         check_same_model(ready.gguf, ready.base, ready.arch)
     judge = find_judge(recipe.judge)
     with staged(recipe.folder, overwrite) as staging:
-        model = LiveModel.load(ready.base.folder, ready.arch)
+        model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
         fitted = _fit(ready, model, judge)
         written = _write(ready, model, fitted, staging)
         artefacts = Artefacts(
@@ -212,7 +212,7 @@ def fit_to_file(
     journal = Journal.of(work.by_main(lambda: _run_of(ready)))
     if work.main and journal.finished:
         note(f"fit: {journal.finished} batches are finished already, in {journal.folder}")
-    model = LiveModel.load(ready.base.folder, ready.arch)
+    model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
     model = replace(model, work=replace(work, journal=journal))
     shown = roles_shown(recipe.fit)
     every = ready.part("fit", recipe.fit.prompts_per_class)

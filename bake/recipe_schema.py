@@ -601,6 +601,11 @@ class Recipe(_Section):
     output: Text | None = Field(default=None, description="The folder to write; null for the name.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="The seed of everything random.")
     prompts: PromptRoles = Field(default=PromptRoles(), description="The prompt sets, by role.")
+    system_prompt: Text | None = Field(
+        default=None,
+        description="What stands in front of every prompt as the system's turn; null leaves that "
+        "to the chat template.",
+    )
     fit: Fit = Field(default=Fit(), description="How the direction is estimated.")
     directions: Text | None = Field(
         default=None,

@@ -77,7 +77,7 @@ def _answered(recipe: Recipe, prompts: Sequence[Prompt]) -> list[str]:
     bare = recipe.export.model_copy(update={"gguf": None})
     base = Checkpoint.open(find_source(recipe.model_copy(update={"export": bare})).folder)
     arch = find_arch(base.config, str(base.folder / "config.json"), base.tensors)
-    model = LiveModel.load(base.folder, arch)
+    model = LiveModel.load(base.folder, arch, system=recipe.system_prompt)
     starts = [model.render(one.text) for one in prompts]
     tokens, size = recipe.evaluate.answer_tokens, recipe.evaluate.batch
     thinking = Thinking(recipe.judge.thinking.begin, recipe.judge.thinking.end)
