@@ -31,7 +31,7 @@ from bake.pipeline import DIRECTIONS, bake, fit_to_file, prepare
 from bake.recipe import Fit, LoadedRecipe, load_recipe
 from tests.conftest import Run
 from tests.test_fit_command import OF_PASSES, states
-from tests.tiny import write_tiny
+from tests.tiny import write_place, write_tiny
 
 SEEDS = st.integers(0, 2**31)
 few = settings(max_examples=20, deadline=None)
@@ -397,13 +397,7 @@ ROLES = ("target", "protected", "general", "kind")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("place")
-    write_tiny("llama", folder / "model")
-    for number, role in enumerate(ROLES):
-        lines = [f"w{20 * number + i} w{90 - i} w{number}" for i in range(18)]
-        (folder / f"{role}.txt").write_text("\n".join(lines))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"), RECIPE, ROLES)
 
 
 class ByTopic:

@@ -25,7 +25,7 @@ from bake.pipeline import fit_to_file
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
 from tests.conftest import Run
-from tests.tiny import write_tiny
+from tests.tiny import write_place, write_tiny
 
 RECIPE = """\
 model: model
@@ -46,13 +46,7 @@ ROLES = ("target", "protected", "general", "shield")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("place")
-    write_tiny("llama", folder / "model")
-    for number, role in enumerate(ROLES):
-        lines = [f"w{20 * number + i} w{90 - i} w{number}" for i in range(18)]
-        (folder / f"{role}.txt").write_text("\n".join(lines))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"), RECIPE, ROLES)
 
 
 # The figures that take passes of their own.

@@ -20,7 +20,7 @@ from bake.prompts import load_prompts, load_splits
 from bake.prompts.kinds import KINDS
 from bake.recipe import LoadedRecipe, load_recipe
 from tests.conftest import Run
-from tests.tiny import write_tiny
+from tests.tiny import write_place
 
 RECIPE = """\
 model: model
@@ -82,13 +82,7 @@ def test_no_prompt_is_of_two_kinds() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("place")
-    write_tiny("llama", folder / "model")
-    for number, role in enumerate(ROLES):
-        lines = [f"w{20 * number + i} w{90 - i} w{number}" for i in range(18)]
-        (folder / f"{role}.txt").write_text("\n".join(lines))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"), RECIPE, ROLES)
 
 
 class ByAnswer:

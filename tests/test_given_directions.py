@@ -20,7 +20,7 @@ from bake.model import LiveModel
 from bake.pipeline import DIRECTIONS, bake, prepare
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
-from tests.tiny import write_tiny
+from tests.tiny import write_place
 
 RECIPE = """\
 model: model
@@ -43,13 +43,7 @@ ROLES = ("target", "protected", "general", "passages")
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, prompts and a recipe, as current folder of all tests here."""
-    folder: Path = tmp_path_factory.mktemp("place")
-    write_tiny("llama", folder / "model")
-    for number, role in enumerate(ROLES):
-        lines = [f"w{20 * number + i} w{90 - i} w{number}" for i in range(18)]
-        (folder / f"{role}.txt").write_text("\n".join(lines))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    return write_place(tmp_path_factory.mktemp("place"), RECIPE, ROLES)
 
 
 @pytest.fixture(autouse=True)

@@ -209,6 +209,16 @@ def write_tiny(
     write_tokenizer(folder)
 
 
+def write_place(folder: Path, recipe: str, roles: Iterable[str]) -> Path:
+    """A folder with a tiny llama, a file of prompts for each role, and `recipe.yaml`."""
+    write_tiny("llama", folder / "model")
+    for number, role in enumerate(roles):
+        lines = [f"w{20 * number + i} w{90 - i} w{number}" for i in range(18)]
+        (folder / f"{role}.txt").write_text("\n".join(lines))
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
 def write_wrapper(
     model_type: str, folder: Path, rename: Callable[[str], str] = str, **changes: Any
 ) -> None:
