@@ -24,7 +24,9 @@ from tests.tiny import TINY, write_tiny
 torch.set_num_threads(2)
 logging.disable_progress_bar()
 # The first example of a property also pays for torch's start, on a busy machine dearly.
-settings.register_profile("bake", deadline=None)
+settings.register_profile("bake", deadline=None, derandomize=True)
+# Other examples every time: pytest --hypothesis-profile=explore.
+settings.register_profile("explore", deadline=None)
 settings.load_profile("bake")
 
 

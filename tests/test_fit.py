@@ -122,11 +122,13 @@ def test_what_lies_behind_the_last_tap_is_not_run(tiny_llama: Path) -> None:
 
 @given(SEEDS)
 def test_a_gram_matrix_of_strips_is_the_whole_one(seed: int) -> None:
-    """Wider than one strip, and with weights."""
+    """Wider than one strip, with weights, and of more samples than are taken at a time."""
     samples, weights = drawn(seed, 7, 600), drawn(seed + 1, 7).abs()
     found = Moments("covariance")
-    found.add(samples[:3], weights[:3])
-    found.add(samples[3:], weights[3:])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("bake.activations.SAMPLES", 2)
+        found.add(samples[:3], weights[:3])
+        found.add(samples[3:], weights[3:])
     wanted = (samples.T * weights) @ samples / weights.sum()
     torch.testing.assert_close(found.gram, wanted)
     centred = samples - weights @ samples / weights.sum()

