@@ -203,7 +203,8 @@ def test_the_stream_without_a_direction_has_none_of_it_behind_any_block() -> Non
     assert torch.equal(plain, behind_blocks(model, [1, 40, 50, 2]))
 
 
-def test_cosmic_scores_are_those_of_the_shifted_model() -> None:
+def two_classes() -> tuple[LiveModel, dict[str, list[list[int]]], list[list[Conversation]]]:
+    """The model, the prompts of two roles, and their conversations with the same short answer."""
     model = LiveModel.load(Path("model"), ARCHS["llama"])
     chats = {
         role: [model.render(prompt.text) for prompt in load_splits(f"{role}.txt").fit]
@@ -212,6 +213,11 @@ def test_cosmic_scores_are_those_of_the_shifted_model() -> None:
     conversations = [
         [Conversation((*ids, 7, 8), len(ids) - 1, (), 1.0) for ids in chats[role]] for role in chats
     ]
+    return model, chats, conversations
+
+
+def test_cosmic_scores_are_those_of_the_shifted_model() -> None:
+    model, chats, conversations = two_classes()
     # One that is not of its class plays no part.
     conversations[0].append(Conversation((1, 2, 3), 2, (), 0.0))
     scores = CosmicScores(model, *conversations, 3)
@@ -233,14 +239,7 @@ def test_cosmic_scores_are_those_of_the_shifted_model() -> None:
 
 
 def test_first_token_scores_are_those_of_the_shifted_model() -> None:
-    model = LiveModel.load(Path("model"), ARCHS["llama"])
-    chats = {
-        role: [model.render(prompt.text) for prompt in load_splits(f"{role}.txt").fit]
-        for role in ("target", "general")
-    }
-    conversations = [
-        [Conversation((*ids, 7, 8), len(ids) - 1, (), 1.0) for ids in chats[role]] for role in chats
-    ]
+    model, chats, conversations = two_classes()
     conversations[1].append(Conversation((1, 2, 3), 2, (), 0.0))
     scores = FirstToken(model, *conversations, 3, [5, 40])
     vector, basis = (
