@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bake.arch import Arch
 from bake.errors import CheckpointError
-from bake.placement import placement, removed_with
+from bake.placement import check_shapes, placement, removed_with
 from bake.tokens import shared_beginning
 from bake.work import Work
 
@@ -115,6 +115,7 @@ class LiveModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        model, placed = None, {}
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -131,11 +132,14 @@ class LiveModel:
                 local_files_only=True,
                 **placed,
             )
-            removed_with(model, placed)
             tokenizer = _tokenizer(folder)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
+        finally:
+            removed_with(model, placed)
+        if placed:
+            check_shapes(model, folder)
         for kind in ("unexpected_keys", "missing_keys", "mismatched_keys"):
             names = sorted(map(str, report.get(kind, ())))
             if names:

@@ -15,7 +15,7 @@ from bake.checkpoint import Checkpoint
 from bake.errors import CheckpointError
 from bake.progress import note
 
-__all__ = ["free_memory", "placement", "removed_with"]
+__all__ = ["check_shapes", "free_memory", "placement", "removed_with"]
 
 # Of the memory that is free the weights may take this; the rest is for activations.
 SHARE = 0.8
@@ -63,7 +63,25 @@ def placement(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def check_shapes(model: torch.nn.Module, folder: Path) -> None:
+    """Refuse a checkpoint that its config.json does not describe.
+
+    transformers compares shapes in memory alone. Raises CheckpointError, naming the tensor;
+    one that is put together from several on loading has another name, and is compared when it
+    is read.
+    """
+    stored = Checkpoint.open(folder).tensors
+    for name, parameter in model.named_parameters():
+        if name in stored and stored[name].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(stored[name].shape)}, and config.json means "
+                f"{list(parameter.shape)}; give the config.json of these weights"
+            )
+
+
 def removed_with(model: object, placed: dict[str, Any]) -> None:
-    """Remove the folder of a placement when its model is gone."""
-    if placed:
+    """Remove the folder of a placement when its model is gone, or now where there is none."""
+    if placed and model is None:
+        shutil.rmtree(placed["offload_folder"], ignore_errors=True)
+    elif placed:
         weakref.finalize(model, shutil.rmtree, placed["offload_folder"], ignore_errors=True)

@@ -95,6 +95,26 @@ def by_first_word(_: object, exchanges: Sequence[Exchange]) -> list[Verdict]:
     return ByWord(frozenset({WORDS["target"], WORDS["protected"]})).judge(exchanges)
 
 
+def test_what_transformers_refuses_in_memory_is_refused_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves no folder behind."""
+    write_tiny("llama", tmp_path)
+    config = tmp_path / "config.json"
+    monkeypatch.setenv("BAKE_MEMORY", "1KiB")
+    monkeypatch.setenv("BAKE_CACHE", str(tmp_path / "cache"))
+    whole = config.read_text()
+    config.write_text(whole.replace('"vocab_size": 96', '"vocab_size": 50'))
+    with pytest.raises(CheckpointError, match=r"has shape \[96, 32\], and config.json means \[50"):
+        LiveModel.load(tmp_path, ARCHS["llama"])
+    config.write_text(whole)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        LiveModel.load(tmp_path, ARCHS["llama"])
+    gc.collect()
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_what_fits_is_loaded_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 """What a direction does to the first token of the answers, none of which is written.
 
-Source: Arditi et al. 2024 (arXiv:2406.11717), its selection of a direction; the limits are
-those of its code (refusal_direction, pipeline/submodules/select_direction.py).
+Source: Arditi et al. 2024 (arXiv:2406.11717), its selection of a direction
+(andyrdt/refusal_direction at 9d852fa).
 """
 
 from collections.abc import Callable, Sequence
