@@ -46,7 +46,9 @@ class Tap:
     The conversations' weights count at `last` alone: at `every last` they are all 1, as at
     `decision`. `keep` says what stays of the samples (`Moments`), and `rows` of which
     conversations the samples themselves stay. With a `norm`, which runs after `module`, every
-    sample is divided by the root mean square of what that norm reads at its position.
+    sample is divided by the root mean square of what that norm reads at its position. The
+    outputs of the modules in `plus`, which run inside it, are added, each times its number.
+    `back` counts the tokens from `last` to one before it that is read in its place.
     """
 
     module: nn.Module
@@ -55,6 +57,13 @@ class Tap:
     keep: Keep = "mean"
     norm: nn.Module | None = None
     rows: tuple[int, ...] = ()
+    plus: tuple[tuple[nn.Module, float], ...] = ()
+    back: int = 0
+
+    @property
+    def where(self) -> tuple[str, int]:
+        """The positions that are read, as a key."""
+        return self.positions, self.back
 
 
 class Moments:
@@ -165,17 +174,26 @@ def collect(
     The model's processes share the conversations, and all have the result. `progress` receives
     the number of conversations done since the last call. `state` names what hooks make of the
     model, `bare` where there are none: without it no batch is remembered in the journal.
-    Raises FitError when there is no conversation or an activation is not finite.
+    Raises FitError when there is no conversation, when one has no token so far back, or when
+    an activation is not finite.
     """
     if not conversations:
         raise FitError("no conversations to measure; the prompt set left none")
     moments = {name: Moments(tap.keep, tap.rows) for name, tap in taps.items()}
+    back = max(tap.back for tap in taps.values())
+    shortest = min(one.last for one in conversations)
+    if back > shortest:
+        raise FitError(
+            f"fit.positions.direction: a prompt has {shortest + 1} tokens with its template, so "
+            f"none at {-back - 1}; give at least {-shortest - 1}"
+        )
     # Nothing before the first position that counts is looked at.
-    first = min(min(one.last, *one.decision, len(one.ids)) for one in conversations)
+    first = min(min(one.last - back, *one.decision, len(one.ids)) for one in conversations)
     prefix = model.prefix([one.ids for one in conversations], first)
-    mask: dict[str, Tensor] = {}
+    mask: dict[tuple[str, int], Tensor] = {}
     seen: dict[Any, Tensor] = {}
     waiting: dict[Any, Tensor] = {}
+    inside: dict[Any, Tensor] = {}
 
     def take_in(name: Any, samples: Tensor) -> None:
         seen[name] = samples
@@ -185,24 +203,39 @@ def collect(
     def watch(name: Any, tap: Tap) -> list[RemovableHandle]:
         def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             found = inputs[0] if tap.side == "input" else output
-            samples = (found[0] if isinstance(found, tuple) else found)[mask[tap.positions]]
+            samples = _state(found)[mask[tap.where]]
+            if name in inside:
+                samples = samples + inside.pop(name)
             if tap.norm:
                 waiting[name] = samples
             else:
                 take_in(name, samples)
 
         def divide(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-            read = inputs[0][mask[tap.positions]].float()
+            read = inputs[0][mask[tap.where]].float()
             size = read.square().mean(-1, keepdim=True).sqrt()
             take_in(name, waiting.pop(name).float() / size)
 
+        def written(factor: float) -> Callable[..., None]:
+            def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                inside[name] = factor * _state(output)[mask[tap.where]] + inside.get(name, 0)
+
+            return add
+
         handles = [tap.module.register_forward_hook(take)]
+        handles += [one.register_forward_hook(written(factor)) for one, factor in tap.plus]
         return handles + ([tap.norm.register_forward_hook(divide)] if tap.norm else [])
 
-    def places(batch: Batch) -> dict[str, list[Sequence[int]]]:
+    read_at = {tap.where for tap in taps.values()}
+
+    def places(batch: Batch) -> dict[tuple[str, int], list[Sequence[int]]]:
         found = [conversations[row] for row in batch.rows]
-        last: list[Sequence[int]] = [(one.last,) for one in found]
-        return {"last": last, "every last": last, "decision": [one.decision for one in found]}
+        return {
+            (name, back): [
+                one.decision if name == "decision" else (one.last - back,) for one in found
+            ]
+            for name, back in read_at
+        }
 
     def captured(batch: Batch) -> dict[str, Tensor]:
         lengths = [len(conversations[row].ids) for row in batch.rows]
@@ -213,8 +246,11 @@ def collect(
         return {str(name): seen.pop(name) for name in taps}
 
     def key(batch: Batch) -> object:
-        read = [[str(name), tap.side, tap.positions] for name, tap in taps.items()]
-        return ["captured", state, read, places(batch)]
+        read = [
+            [str(name), tap.side, [factor for _, factor in tap.plus], places(batch)[tap.where]]
+            for name, tap in taps.items()
+        ]
+        return ["captured", state, read]
 
     handles = [handle for name, tap in taps.items() for handle in watch(name, tap)]
     padded = batches(
@@ -223,7 +259,7 @@ def collect(
     try:
         for batch, found in model.work.results(padded, captured, key if state else None, progress):
             for name, tap in taps.items():
-                counts = [len(one) for one in places(batch)[tap.positions]]
+                counts = [len(one) for one in places(batch)[tap.where]]
                 rows = [row for row, n in zip(batch.rows, counts, strict=True) for _ in range(n)]
                 weighted = tap.positions == "last"
                 weights = [conversations[row].weight if weighted else 1.0 for row in rows]
@@ -239,6 +275,12 @@ def collect(
 
 class _EnoughError(Exception):
     """Every tap has been read."""
+
+
+def _state(found: Any) -> Tensor:
+    """The hidden state, also where a module returns a tuple around it."""
+    state: Tensor = found[0] if isinstance(found, tuple) else found
+    return state
 
 
 def _mask(batch: Batch, places: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -69,8 +69,13 @@ def cli(
     \b
     bake --recipe political-open.yaml
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand != "fit":
-        raise click.UsageError("several processes are for `bake fit`; run this without launcher")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in (
+        "fit",
+        "select",
+    ):
+        raise click.UsageError(
+            "several processes are for `bake fit` and `bake select`; run this without launcher"
+        )
     if context.invoked_subcommand:
         if recipe or model or output or overrides or overwrite:
             raise click.UsageError("give the options of a recipe after the subcommand")
@@ -153,25 +158,76 @@ def fit_command(
     """Fit a recipe's directions to a file, and print how good each is; nothing is baked."""
     from pathlib import Path
 
-    from pydantic import TypeAdapter, ValidationError
-
-    from bake.pipeline import fit_to_file
+    from bake.fitting import fit_to_file
     from bake.recipe import load_recipe
-    from bake.recipe_values import Layers
 
     if not recipe or not output:
         raise click.UsageError("--recipe and --output are needed")
     if Path(output).suffix not in (".safetensors", ".gguf"):
         raise click.UsageError("--output: directions are written to .safetensors or .gguf")
-    chosen = None
-    if layers is not None:
-        try:
-            given = int(layers) if layers.isdecimal() else layers
-            chosen = TypeAdapter(Layers).validate_python(given)
-        except ValidationError as error:
-            raise click.UsageError('--layers: expected a range like "8-24"') from error
+    chosen = _layers(layers)
     loaded = load_recipe(recipe, overrides=overrides, model=model)
     fit_to_file(loaded, Path(output), chosen, overwrite, show=click.echo)
+
+
+@cli.command("select")
+@_recipe_options
+@click.option("--output", metavar="FILE", help="The JSON file to write.")
+@click.option("--layers", metavar="LAYERS", help="Other layers than the edits need, as in 8-24.")
+@click.option(
+    "--site",
+    "sites",
+    type=click.Choice(["mid", "out"]),
+    multiple=True,
+    default=["out"],
+    show_default=True,
+    help="After the attention, or after the block; repeat it.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 512),
+    default=1,
+    show_default=True,
+    help="How many of the prompt's last tokens to try.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def select_command(
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    output: str | None,
+    layers: str | None,
+    sites: tuple[Literal["mid", "out"], ...],
+    tokens: int,
+    overwrite: bool,
+) -> None:
+    """Choose a direction's site, layer and token by its figures; no text is written for it."""
+    from pathlib import Path
+
+    from bake.fitting import select_to_file
+    from bake.recipe import load_recipe
+
+    if not recipe or not output:
+        raise click.UsageError("--recipe and --output are needed")
+    chosen = _layers(layers)
+    loaded = load_recipe(recipe, overrides=overrides, model=model)
+    select_to_file(loaded, Path(output), chosen, sites, tokens, overwrite, show=click.echo)
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    """The layers that `--layers` names."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from bake.recipe_values import Layers
+
+    if text is None:
+        return None
+    try:
+        given = int(text) if text.isdecimal() else text
+        found: tuple[int, ...] = TypeAdapter(Layers).validate_python(given)
+    except ValidationError as error:
+        raise click.UsageError('--layers: expected a range like "8-24"') from error
+    return found
 
 
 @cli.command("judge")

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bake.aligned import aligned
 from bake.errors import FitError
 from bake.evaluate import judged, rates
 from bake.fit.evidence import bare
 from bake.fit.geometry import cosines, generic, of_length, random_direction
 from bake.fit.labels import labelled
 from bake.fit.mean_difference import mean_difference
+from bake.fit.place import Place
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed
 from bake.fit.shifted import shifted
@@ -170,11 +172,7 @@ def table(found: Mapping[str, Any]) -> str:
             refused = f"{kind['refused']}/{kind['prompts']}"
             facts = (refused, kind["by"], f"{kind['gap']:.3g}", f"{kind['spread']:.2f}")
         rows.append((name, *facts, *near))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return aligned(rows)
 
 
 class _Trades:
@@ -246,7 +244,7 @@ def _class(
     side = 1 if refused else -1
     behaves = torch.tensor([one.side == side for one in labels])
     count = int(behaves.sum())
-    found: Observed = bare(model, {"": prompts}, (layer,), progress, samples=True)[""][layer]
+    found: Observed = bare(Place(model), {"": prompts}, (layer,), progress, samples=True)[""][layer]
     weights = behaves if count >= MINIMUM else torch.ones(len(prompts))
     return Samples.of(found.values, weights.double(), found.topics), count
 

@@ -1,7 +1,7 @@
 """From a recipe to a published folder: plan, fit, write, verify, judge, publish."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,17 +13,15 @@ from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions, save_directions
 from bake.edits import Edit
-from bake.errors import DirectionsError, GuardError, VerificationError
+from bake.errors import GuardError, VerificationError
 from bake.export.adapter import check_adapter, write_gguf_lora, write_peft
 from bake.export.gguf import PatchedTensor
 from bake.export.inputs import input_moments
 from bake.export.layout import patch_gguf
 from bake.export.requantise import LEAST_SHARE, MOST_NOISE, MOST_NOISE_SAME, EditedType
 from bake.export.same_model import check_same_model
-from bake.fit.estimate import roles_shown
-from bake.fit.run import Fitted, fit, fit_directions, needs_prompts
+from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile, part_names
-from bake.journal import Journal, hashed
 from bake.judge import Judge
 from bake.judge.choice import find_judge
 from bake.manifest import file_hash, versions, write_manifest
@@ -31,19 +29,17 @@ from bake.measure import Artefacts, Measured, measure
 from bake.model import LiveModel
 from bake.ops.add import Add
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
-from bake.progress import note, progress
+from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
 from bake.recipe import LoadedRecipe, PromptSource, Recipe
-from bake.recipe_values import SEVERAL
 from bake.report import card, guard_breaches, table, write_answers
 from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
-from bake.staging import check_file, check_output, staged
+from bake.staging import check_output, staged
 from bake.stream import write_checkpoint
 from bake.verify import check_files
-from bake.work import Work
 
-__all__ = ["DIRECTIONS", "Prepared", "bake", "fit_to_file", "prepare", "saved_form"]
+__all__ = ["DIRECTIONS", "Prepared", "bake", "prepare", "saved_form"]
 
 # An edit that rounds away is not in the file, whatever the file says; auto asks for more.
 SURVIVING = 0.9
@@ -177,64 +173,6 @@ def bake(
             raise GuardError("\n".join(broken))
         _record(loaded, ready, fitted, written, measured, staging)
     return recipe.folder
-
-
-def fit_to_file(
-    loaded: LoadedRecipe,
-    output: Path,
-    layers: Sequence[int] | None = None,
-    overwrite: bool = False,
-    show: Callable[[str], None] = lambda _: None,
-) -> Directions:
-    """Fit a recipe's directions, and write them with their figures; nothing is baked.
-
-    `layers` are those that the edits need unless others are given, `show` receives the table.
-    The processes of `accelerate launch` share the prompts, and one of them shows and writes.
-    Raises a BakeError as `bake` does; the file appears when all of it is complete. What was
-    finished before an end of any kind is kept in the cache folder, and not done again by a fit
-    of the same recipe, model files and versions.
-    """
-    recipe = loaded.recipe
-    work = Work.launched()
-    check_file(output, overwrite)
-    torch.manual_seed(recipe.seed)
-    with work.main_first():
-        ready = prepare(recipe.model_copy(update={"directions": None}))
-    chosen = direction_layers(recipe) if layers is None else layers
-    ready.arch.check_layers(chosen, ready.base.config, "--layers")
-    if output.suffix == ".gguf" and recipe.fit.estimator in SEVERAL and recipe.fit.basis > 1:
-        raise DirectionsError(
-            f"{output}: a control vector has one direction a layer, and fit.estimator: "
-            f"{recipe.fit.estimator} gives {recipe.fit.basis}; write .safetensors, or set "
-            "fit.basis=1"
-        )
-    judge = find_judge(recipe.judge)
-    journal = Journal.of(work.by_main(lambda: _run_of(ready)))
-    if work.main and journal.finished:
-        note(f"fit: {journal.finished} batches are finished already, in {journal.folder}")
-    model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
-    model = replace(model, work=replace(work, journal=journal))
-    shown = roles_shown(recipe.fit)
-    every = ready.part("fit", recipe.fit.prompts_per_class)
-    prompts = {role: found for role, found in every.items() if role in shown}
-    concepts = ready.concept_prompts
-    total = 2 * sum(map(len, prompts.values())) + sum(map(len, concepts.values()))
-    with progress("fit", total, work.main) as update:
-        directions, _ = fit_directions(
-            *(model, ready.base, recipe, chosen, prompts, judge, concepts, update)
-        )
-    if work.main:
-        save_directions(directions, output, overwrite)
-        show(f"{directions.table()}\n\nwritten: {output}")
-    journal.remove()
-    return directions
-
-
-def _run_of(ready: Prepared) -> str:
-    """A hash of what decides a fit beside its prompts: recipe, model files, versions."""
-    files = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
-    hashes = {path.name: file_hash(path) for path in files}
-    return hashed([ready.recipe.model_dump(mode="json"), hashes, versions()])
 
 
 def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:

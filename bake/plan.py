@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from bake.arch import Arch, Block
+from bake.carriers.writers import writers_at
 from bake.checkpoint import EDITABLE, Checkpoint
 from bake.directions import Directions
 from bake.directions.value import in_words
@@ -155,6 +156,8 @@ def make_plan(
     )
     _check_order(steps, base, arch)
     layers, width = arch.layer_count(base.config), arch.width(base.config)
+    if directions is None:
+        _check_place(recipe, base, arch)
     given = _given(recipe, directions, layers, width) if directions else ""
     after = tuple(sorted({layer for step in steps for layer in step.inserted}))
     plan = Plan(arch.model_type, layers, width, steps, Insertion(arch.layer, layers, after), given)
@@ -168,6 +171,17 @@ def make_plan(
                 f"{base.folder}: {edit.tensor} is {edit.dtype}; give an unquantised checkpoint"
             )
     return plan
+
+
+def _check_place(recipe: Recipe, base: Checkpoint, arch: Arch) -> None:
+    """Refuse a place at which this model has no stream to measure directions of."""
+    if recipe.fit.layer is not None:
+        arch.check_layers((recipe.fit.layer,), base.config, "fit.layer")
+    if recipe.fit.site == "mid":
+        try:
+            writers_at(base, arch, 0, "mid")
+        except ArchitectureError as error:
+            raise ArchitectureError(f"fit.site: {error}") from error
 
 
 def _with_blocks(plan: Plan, recipe: Recipe, base: Checkpoint, arch: Arch) -> Plan:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
 from bake.recipe_values import (
+    BY_GRADIENT,
     SEVERAL,
     Answering,
     Basis,
@@ -181,6 +182,12 @@ class Positions(_Section):
         default=6, ge=1, le=512, description="The last tokens of the prompt in its chat template."
     )
     answer: int = Field(default=10, ge=0, le=4096, description="The first tokens of the answer.")
+    direction: int = Field(
+        default=-1,
+        ge=-512,
+        le=-1,
+        description="The token that the direction is measured at, counted from the prompt's end.",
+    )
 
 
 class Answers(_Section):
@@ -204,6 +211,15 @@ class Fit(_Section):
 
     estimator: Estimator = Field(
         default="mean-difference", description="How a direction is made of two classes."
+    )
+    site: Literal["mid", "out"] = Field(
+        default="out",
+        description="Where the direction is measured: after a block's attention, or after all "
+        "of it.",
+    )
+    layer: Layer | None = Field(
+        default=None,
+        description="The block whose direction all edits take; null for each layer's own.",
     )
     ridge: Ridge = Field(
         default=0.01,
@@ -666,6 +682,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         yield ("fit", "contrast"), "fit.refused is protected too; compare it with another class"
     if fit.protect != "none" and fit.refused == "protected":
         yield ("fit", "protect"), "fit.refused is protected; without itself nothing is left of it"
+    if fit.estimator in BY_GRADIENT and fit.site != "out":
+        yield ("fit", "site"), f"{fit.estimator} learns a vector behind whole blocks; use out"
+    if fit.estimator == "cosmic" and fit.layer is not None:
+        yield ("fit", "layer"), "cosmic chooses the layer; leave this out"
     if fit.categories and fit.estimator != "low-rank-mix":
         yield ("fit", "categories"), f"fit.estimator is {fit.estimator}; low-rank-mix mixes them"
     if fit.estimator in SEVERAL and fit.basis > 1:

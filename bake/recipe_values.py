@@ -12,6 +12,7 @@ from bake.prompts.rows import HUB, SUFFIXES
 from bake.recipe_errors import near
 
 __all__ = [
+    "BY_GRADIENT",
     "SEVERAL",
     "Answering",
     "Basis",
@@ -157,4 +158,5 @@ Estimator: TypeAlias = Literal[
     "som",
     "cone",
 ]
+BY_GRADIENT: tuple[Estimator, ...] = ("cone", "low-rank-mix")  # By gradient, on the live model.
 SEVERAL: tuple[Estimator, ...] = ("som", "cone")  # What gives `fit.basis` directions a layer.

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from bake.aligned import aligned
 from bake.evaluate import breaches, rates, runtime_gaps
 from bake.gguf_file import part_names, parts_named
 from bake.judge import UNREAD, Verdict
@@ -28,12 +29,7 @@ def table(measured: Measured) -> str:
     for runtime, found in measured.after.items():
         before, after = rates(measured.before[runtime]), rates(found)
         rows += [(runtime, role, str(before[role]), str(after[role])) for role in after]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, "", *_parity_lines(measured)])
+    return "\n".join([aligned(rows), "", *_parity_lines(measured)])
 
 
 def serve_lines(recipe: Recipe, folder: Path) -> str:

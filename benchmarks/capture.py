@@ -24,6 +24,7 @@ from bake.activations import Conversation, Tap, collect
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.demo import materialise
+from bake.fit.place import Place
 from bake.fit.stream import stream_taps
 from bake.model import LiveModel, batches
 from bake.prompts import load_prompts
@@ -94,7 +95,7 @@ def tapped(
 
     def stream(estimator: str, role: str = "target") -> dict[Any, Tap]:
         fit = Fit.model_validate({"estimator": estimator})
-        return stream_taps(model, every, fit, role, conversations, width)
+        return stream_taps(Place(model), every, fit, role, conversations, width)
 
     covariances: dict[Any, Tap] = {
         layer: Tap(model.block(layer), "output", "last", "covariance") for layer in every
@@ -162,9 +163,9 @@ def memory(model: LiveModel, width: int, depth: int, estimator: str, count: int)
     # What one batch takes, any run takes.
     few = conversations[:BATCH]
     fit = Fit.model_validate({"estimator": estimator})
-    collect(model, few, stream_taps(model, range(depth), fit, "target", few, width), BATCH)
+    collect(model, few, stream_taps(Place(model), range(depth), fit, "target", few, width), BATCH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    taps = stream_taps(model, range(depth), fit, "target", conversations, width)
+    taps = stream_taps(Place(model), range(depth), fit, "target", conversations, width)
     found = collect(model, conversations, taps, BATCH)
     rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     held = sum(one.held for one in found.values())

@@ -24,10 +24,11 @@ from bake.fit.som import hexagonal, self_organised, som_directions
 from bake.fit.span import alikeness, frame, independent, within
 from bake.fit.spread import bootstrap_cosine
 from bake.fit.tail import Tail
+from bake.fitting import fit_to_file
 from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel, batches
 from bake.ops.ablate import orthonormal
-from bake.pipeline import DIRECTIONS, bake, fit_to_file, prepare
+from bake.pipeline import DIRECTIONS, bake, prepare
 from bake.recipe import Fit, LoadedRecipe, load_recipe
 from tests.conftest import Run
 from tests.test_fit_command import OF_PASSES, states
@@ -417,7 +418,8 @@ class ByTopic:
 @pytest.fixture
 def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr("bake.pipeline.find_judge", ByTopic)
+    for user in ("pipeline", "fitting"):
+        monkeypatch.setattr(f"bake.{user}.find_judge", ByTopic)
 
 
 def loaded(*overrides: str, output: Path | None = None) -> LoadedRecipe:

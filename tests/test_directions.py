@@ -88,8 +88,8 @@ def test_what_is_no_direction(wrong: dict[int, Tensor], words: str) -> None:
 
 
 def test_directions_at_another_site_are_not_mistaken() -> None:
-    with pytest.raises(DirectionsError, match=r"site: .* not at 'mid'"):
-        Origin(site="mid")
+    with pytest.raises(DirectionsError, match=r"site: .* not at 'ln1'"):
+        Origin(site="ln1")
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another version": (lambda p: ours(p, version="2"), "version is '2'.* upgrade bake"),
     "another width": (lambda p: ours(p, width="3"), "width is '3', its tensors say '2'"),
     "other layers": (lambda p: ours(p, layers="1,2"), "layers is '1,2', its tensors say '1'"),
-    "another site": (lambda p: ours(p, site="mid"), "not at 'mid'"),
+    "another site": (lambda p: ours(p, site="pre"), "not at 'pre'"),
     # GGUF
     "a cut GGUF": (lambda p: p.write_bytes(b"GGUF\x03\x00"), "the version needs 4 bytes"),
     "a model": (

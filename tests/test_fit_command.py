@@ -19,9 +19,9 @@ from bake.fit.estimators import ESTIMATORS
 from bake.fit.first_token import FirstToken
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.fit.shifted import shifted
+from bake.fitting import fit_to_file
 from bake.judge import ANSWERED, REFUSED, UNREAD, Exchange, Verdict
 from bake.model import LiveModel
-from bake.pipeline import fit_to_file
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
 from tests.conftest import Run
@@ -76,7 +76,8 @@ class ByTopic:
 def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("BAKE_CACHE", str(place / "cache"))
-    monkeypatch.setattr("bake.pipeline.find_judge", ByTopic)
+    for user in ("pipeline", "fitting"):
+        monkeypatch.setattr(f"bake.{user}.find_judge", ByTopic)
 
 
 def loaded(*overrides: str) -> LoadedRecipe:
@@ -380,6 +381,7 @@ def test_the_file_bakes_what_the_recipe_does(bake: Run, tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "direct").tensors
 
 
+@pytest.mark.slow
 def test_the_demos_directions_are_firm(
     bake: Run, demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

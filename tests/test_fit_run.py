@@ -20,9 +20,9 @@ from bake.archs import ARCHS
 from bake.commands import main
 from bake.directions import Directions, load_directions
 from bake.errors import FitError
+from bake.fitting import fit_to_file
 from bake.journal import Journal
 from bake.model import LiveModel
-from bake.pipeline import fit_to_file
 from bake.recipe import load_recipe
 from bake.work import Work
 from tests.test_judges import Answer, Script, reply

@@ -131,6 +131,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers as the test's script says; keeps what was asked."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which keeps a body back for 40 ms
 
     def do_POST(self) -> None:
         server = self.server
@@ -164,6 +165,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 class Script(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64  # a connection beyond it waits a second for its next try
 
     def __init__(self, answer: Callable[[int, dict[str, object]], Answer]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -51,8 +51,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Origin:
     """Where directions come from; a field is empty where the file does not say.
 
-    `site` is the place in the stream that they were measured at; `out`, behind the whole
-    block, is the only one so far.
+    `site` is the place in the stream that they were measured at: `out`, behind the whole block,
+    or `mid`, between its attention and its MLP.
     """
 
     model: str = ""
@@ -61,10 +61,10 @@ class Origin:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.site != "out":
+        if self.site not in ("mid", "out"):
             raise DirectionsError(
-                f"site: directions lie behind whole blocks (out), not at {shown(self.site)}; "
-                "measure them there, or upgrade bake"
+                f"site: directions lie behind blocks (out) or in them (mid), not at "
+                f"{shown(self.site)}; measure them there, or upgrade bake"
             )
 
     def as_json(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Tap, collect
+from bake.fit.place import Place
 from bake.fit.shifted import digest, first_prompts, shifted
 from bake.model import LiveModel
 
@@ -40,7 +41,7 @@ def cosmic_score(removed: Tensor, induced: Tensor, refused: Tensor, answered: Te
 class CosmicScores:
     """COSMIC's scores on a live model of some layers, at the last prompt token of two classes.
 
-    At most 32 prompts of each take part.
+    At most 32 prompts of each take part. Directions are added at the `place`.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class CosmicScores:
         refused: Sequence[Conversation],
         answered: Sequence[Conversation],
         layers: int,
+        place: Place | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._place = model, place or Place(model)
         self._refused, self._answered = first_prompts(refused), first_prompts(answered)
         self._count = layers
         clean = [self._means(chosen, range(layers)) for chosen in (self._refused, self._answered)]
@@ -66,8 +68,9 @@ class CosmicScores:
         with shifted(self._model, self._count, remove=span):
             removed = self._means(self._refused, self.layers, f"without {digest(span)}")
         drawn = digest(vector)
-        with shifted(self._model, self._count, add={layer: vector}):
-            induced = self._means(self._answered, self.layers, f"with {drawn} behind {layer}")
+        with shifted(self._model, self._count, add={layer: vector}, place=self._place):
+            state = f"with {drawn} at {self._place.site} of {layer}"
+            induced = self._means(self._answered, self.layers, state)
         return cosmic_score(removed, induced, *self._clean)
 
     def _means(

@@ -16,6 +16,7 @@ from bake.fit.first_token import FirstToken
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed, held_out
+from bake.fit.select import DEPTH, DIVERGENCE
 from bake.fit.span import independent, rows_of, within
 from bake.fit.spread import bootstrap_cosine
 from bake.recipe import Fit, Recipe
@@ -27,8 +28,6 @@ Estimate = Callable[[Samples, Samples], Tensor]
 Protect = Callable[[Tensor, Samples], Tensor]
 # Below this share of the estimate a protected direction is rounding.
 NOTHING_LEFT = 1e-6
-# COSMIC's own limits: no direction of the last fifth of the layers, and this much divergence.
-DEPTH, DIVERGENCE = 0.8, 0.1
 
 
 def roles_of_direction(choice: Fit) -> set[str]:
@@ -54,11 +53,12 @@ def estimated(
     first_token: FirstToken | None = None,
     learn: Callable[[int], Tensor] | None = None,
 ) -> Directions:
-    """The direction behind every layer, as long as the gap between the two classes along it.
+    """The direction of every layer, as long as the gap between the two classes along it.
 
     A strength of 1 therefore moves the answered class's mean to the refused one's, measured
     along the direction; several of a layer are each as long as the gap within their span.
-    `learn` gives the directions of a layer where that takes the live model. Each comes with
+    `learn` gives the directions of a layer where that takes the live model. Where one layer's
+    are those of all, the lengths are still each layer's own. Each comes with
     its figures: `spread`, `auc`, `r`, and those that `cosmic` and `first_token` give. What is
     learned has these alone, as the others would learn it anew for every resample. Raises
     FitError where the data determine no direction.
@@ -74,14 +74,19 @@ def estimated(
         for layer in refused
     }
     samples = {layer: (refused[layer].samples, answered[layer].samples) for layer in refused}
-    units = {
-        layer: _checked(recipe.fit, estimates[layer], samples[layer], layer) for layer in layers
-    }
     chosen = None
     if recipe.fit.estimator == "cosmic":
         assert cosmic is not None and first_token is not None
         chosen = _chosen_by_cosmic(recipe.fit, estimates, samples, cosmic, first_token)
+    elif recipe.fit.layer is not None:
+        own = recipe.fit.layer
+        chosen = _Chosen(own, _checked(recipe.fit, estimates[own], samples[own], own))
+    if chosen:
         units = dict.fromkeys(layers, chosen.direction)
+    else:
+        units = {
+            layer: _checked(recipe.fit, estimates[layer], samples[layer], layer) for layer in layers
+        }
     vectors: dict[int, Tensor] = {}
     figures: dict[int, dict[str, float]] = {}
     for layer in layers:
@@ -217,4 +222,4 @@ def _origin(recipe: Recipe) -> Origin:
         "null-space": ", where protected and general activations are small",
     }[choice.protect]
     classes = f"{choice.refused} refused against {choice.contrast} answered{apart}"
-    return Origin(recipe.model, choice.estimator, "out", f"recipe {recipe.name}: {classes}")
+    return Origin(recipe.model, choice.estimator, choice.site, f"recipe {recipe.name}: {classes}")

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bake.activations import Conversation, Moments, Tap, collect
+from bake.activations import Conversation, Moments, collect
 from bake.directions import Directions
 from bake.fit.cosmic import CosmicScores
 from bake.fit.estimate import Activations, estimated, roles_shown
 from bake.fit.first_token import FirstToken
 from bake.fit.labels import Labelled
 from bake.fit.learned import LEARNED, Lesson, Said, refusal_openings
+from bake.fit.place import Place
 from bake.fit.scores import Observed
 from bake.fit.stream import observed
 from bake.model import LiveModel
@@ -27,7 +28,7 @@ __all__ = ["Evidence", "bare", "directions_of"]
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """By role the labels of its prompts, their conversations, and what these left behind blocks.
+    """By role the labels of its prompts, their conversations, and what these left at a place.
 
     `sets` are the activations of prompt sets without a role, by name (`bare`); the model has
     `depth` blocks.
@@ -35,6 +36,7 @@ class Evidence:
 
     model: LiveModel
     depth: int
+    place: Place
     labels: Mapping[str, Sequence[Labelled]]
     conversations: Mapping[str, Sequence[Conversation]]
     moments: Mapping[str, Mapping[Any, Moments]]
@@ -42,24 +44,24 @@ class Evidence:
 
 
 def bare(
-    model: LiveModel,
+    place: Place,
     sets: Mapping[str, Sequence[Prompt]],
     layers: Sequence[int],
     progress: Callable[[int], None] = lambda _: None,
     *,
     samples: bool = False,
 ) -> dict[str, dict[int, Observed]]:
-    """What prompt sets leave behind some blocks; nobody asks how they are answered.
+    """What prompt sets leave at a place in some blocks; nobody asks how they are answered.
 
     Their means, or with `samples` every activation.
     """
-    found = {}
+    found, model = {}, place.model
     for name, prompts in sets.items():
         starts = [tuple(model.render(prompt.text)) for prompt in prompts]
         conversations = [Conversation(ids, len(ids) - 1, ()) for ids in starts]
         labels = [Labelled(prompt, (), (), 0.0, ()) for prompt in prompts]
         rows = tuple(range(len(prompts))) if samples else ()
-        taps = {layer: Tap(model.block(layer), "output", "last", rows=rows) for layer in layers}
+        taps = {layer: place.tap(layer, rows=rows) for layer in layers}
         measured = collect(model, conversations, taps, progress=progress, state="bare")
         found[name] = {layer: observed(measured, layer, conversations, labels) for layer in layers}
     return found
@@ -68,7 +70,7 @@ def bare(
 def directions_of(
     recipe: Recipe, evidence: Evidence, layers: Sequence[int], scored: bool = False
 ) -> Directions:
-    """The directions behind some layers with their figures.
+    """The directions of some layers with their figures.
 
     Where `scored` those too that take passes of their own.
     """
@@ -85,11 +87,11 @@ def directions_of(
     cosmic = first_token = learn = None
     if scored or choice.estimator == "cosmic":
         classes = conversations[choice.refused], conversations[choice.contrast]
-        cosmic = CosmicScores(evidence.model, *classes, evidence.depth)
+        cosmic = CosmicScores(evidence.model, *classes, evidence.depth, evidence.place)
         openings = refusal_openings(*_said(evidence, choice))
-        first_token = FirstToken(evidence.model, *classes, evidence.depth, openings)
+        first_token = FirstToken(evidence.model, *classes, evidence.depth, openings, evidence.place)
     if choice.estimator in LEARNED:
-        learn = partial(_learned, evidence, _lesson(recipe, evidence, found, layers))
+        learn = partial(_learned, evidence, _lesson(recipe, evidence, found, seen))
     return estimated(recipe, found, evidence.sets, layers, cosmic, first_token, learn)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bake.activations import Conversation
+from bake.fit.place import Place
 from bake.fit.shifted import digest, first_prompts, shifted
 from bake.model import Batch, LiveModel, batches
 
@@ -32,7 +33,7 @@ class FirstToken:
     """Scores of directions on a live model of `layers` blocks, by its first answer token.
 
     At most 32 prompts of each class take part. `openings` are the tokens by which a refusal
-    is known; where there is none, only the divergence is.
+    is known; where there is none, only the divergence is. Directions are added at the `place`.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class FirstToken:
         answered: Sequence[Conversation],
         layers: int,
         openings: Sequence[int],
+        place: Place | None = None,
     ) -> None:
         self._model, self._layers, self._openings = model, layers, openings
+        self._place = place or Place(model)
         self._refused, self._answered = first_prompts(refused), first_prompts(answered)
 
     def figures(self, layer: int, vector: Tensor, basis: Tensor | None = None) -> dict[str, float]:
@@ -56,10 +59,12 @@ class FirstToken:
         found = {"kl": self.divergence(span)}
         if self._openings:
             without = partial(shifted, self._model, self._layers, remove=span)
-            added = partial(shifted, self._model, self._layers, add={layer: vector})
-            key = ["bypass", digest(span)]
-            found["bypass"] = self._score(self._refused, without, key)
-            found["induce"] = self._score(self._answered, added, ["induce", layer, digest(vector)])
+            added = partial(
+                shifted, self._model, self._layers, add={layer: vector}, place=self._place
+            )
+            found["bypass"] = self._score(self._refused, without, ["bypass", digest(span)])
+            key = ["induce", self._place.site, layer, digest(vector)]
+            found["induce"] = self._score(self._answered, added, key)
         return found
 
     def divergence(self, span: Tensor) -> float:

@@ -20,6 +20,7 @@ from bake.fit.constant import Constant, own_text, with_constants
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
+from bake.fit.place import Place, place_of
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.stream import stream_taps
 from bake.fit.wrmd import confidence_weight
@@ -83,10 +84,11 @@ def fit(
     layers = direction_layers(recipe)
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
+    place = _place(model, base, recipe, seen)
     probes = _probes(model, plan, recipe)
     moments: dict[str, dict[Any, Moments]] = {}
     for role, found in conversations.items():
-        if taps := probes | _stream(model, base, recipe, seen, role, found):
+        if taps := probes | _stream(place, base, recipe, seen, role, found):
             moments[role] = collect(model, found, taps, progress=progress)
         else:
             progress(len(found))
@@ -101,8 +103,8 @@ def fit(
 
     means: dict[int, Tensor] = {}
     if directions is None:
-        sets = bare(model, concepts or {}, seen, progress)
-        evidence = Evidence(model, depth, labels, conversations, moments, sets)
+        sets = bare(place, concepts or {}, seen, progress)
+        evidence = Evidence(model, depth, place, labels, conversations, moments, sets)
         directions = directions_of(recipe, evidence, layers)
         means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
     used = directions.at(layers)
@@ -130,22 +132,47 @@ def fit_directions(
     concepts: Mapping[str, Sequence[Prompt]],
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Directions, Mapping[str, ClassRecord]]:
-    """The direction behind each of some layers with all of its figures, and nothing else.
+    """The direction of each of some layers with all of its figures, and nothing else.
 
     `prompts` need only be of the roles that `roles_shown` names. Raises FitError as `fit`.
     """
-    labels = _labels(model, recipe, prompts, judge, progress, True)
+    labels = labels_of_direction(model, recipe, prompts, judge, progress)
+    directions = measured_directions(model, base, recipe, layers, labels, concepts, progress)
+    return directions, {role: recorded(one) for role, one in labels.items()}
+
+
+def labels_of_direction(
+    model: LiveModel,
+    recipe: Recipe,
+    prompts: Mapping[str, Sequence[Prompt]],
+    judge: Judge,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, list[Labelled]]:
+    """The labels of every role's prompts; raises FitError as `fit`."""
+    return _labels(model, recipe, prompts, judge, progress, True)
+
+
+def measured_directions(
+    model: LiveModel,
+    base: Checkpoint,
+    recipe: Recipe,
+    layers: Sequence[int],
+    labels: Mapping[str, Sequence[Labelled]],
+    concepts: Mapping[str, Sequence[Prompt]],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Directions:
+    """As `fit_directions`, of prompts that have their labels."""
     conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth)
+    place = _place(model, base, recipe, seen)
     moments = {}
     for role, found in conversations.items():
-        taps = _stream(model, base, recipe, seen, role, found)
+        taps = _stream(place, base, recipe, seen, role, found)
         moments[role] = collect(model, found, taps, progress=progress, state="bare")
-    sets = bare(model, concepts, seen, progress)
-    evidence = Evidence(model, depth, labels, conversations, moments, sets)
-    directions = directions_of(recipe, evidence, layers, scored=True)
-    return directions, {role: recorded(one) for role, one in labels.items()}
+    sets = bare(place, concepts, seen, progress)
+    evidence = Evidence(model, depth, place, labels, conversations, moments, sets)
+    return directions_of(recipe, evidence, layers, scored=True)
 
 
 def needs_prompts(plan: Plan, recipe: Recipe, directions: Directions | None) -> bool:
@@ -243,24 +270,32 @@ def _probes(model: LiveModel, plan: Plan, recipe: Recipe) -> dict[Any, Tap]:
     return taps
 
 
+def _place(model: LiveModel, base: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> Place:
+    """Where the recipe has directions measured."""
+    return place_of(model, base, layers, recipe.fit.site, recipe.fit.positions.direction)
+
+
 def _stream(
-    model: LiveModel,
+    place: Place,
     base: Checkpoint,
     recipe: Recipe,
     layers: Sequence[int],
     role: str,
     conversations: Sequence[Conversation],
 ) -> dict[Any, Tap]:
-    """The stream behind `layers`, where the direction is made of the role."""
+    """The stream at a place in `layers`, where the direction is made of the role."""
     if role not in roles_shown(recipe.fit):
         return {}
-    width = model.arch.width(base.config)
-    return stream_taps(model, layers, recipe.fit, role, conversations, width)
+    width = place.model.arch.width(base.config)
+    return stream_taps(place, layers, recipe.fit, role, conversations, width)
 
 
 def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[int]:
     """The layers whose stream is read: all of them where COSMIC chooses one."""
-    return range(depth) if recipe.fit.estimator == "cosmic" else layers
+    if recipe.fit.estimator == "cosmic":
+        return range(depth)
+    chosen = set() if recipe.fit.layer is None else {recipe.fit.layer}
+    return sorted(chosen.union(layers))
 
 
 def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, spec: Gate) -> Tensor:

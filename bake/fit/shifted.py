@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bake.activations import Conversation
+from bake.fit.place import Place
 from bake.fit.span import frame, rows_of
 from bake.hooks import on_output
 from bake.journal import hashed
@@ -24,13 +25,15 @@ def shifted(
     *,
     remove: Tensor | None = None,
     add: Mapping[int, Tensor] | None = None,
+    place: Place | None = None,
 ) -> ExitStack:
     """The model of `layers` blocks with a direction [d] taken out of its stream, or added to it.
 
     What is taken out may be the span of several [k, d], or for each row of a batch a span of its
-    own [batch, k, d], and what is added a vector of its own [batch, 1, d]. Gradients pass to
-    both. Taken out is what enters the first block and what leaves every block: what a block's
-    attention writes along the direction its own MLP still sees.
+    own [batch, k, d], and what is added a vector of its own [batch, 1, d], at the `place`, or
+    behind whole blocks. Gradients pass to both. Taken out is what enters the first block and
+    what leaves every block: what a block's attention writes along the direction its own MLP
+    still sees.
     """
     stack = ExitStack()
     blocks = [model.block(layer) for layer in range(layers)]
@@ -48,9 +51,7 @@ def shifted(
         for block in blocks:
             stack.callback(on_output(block, without).remove)
     for layer, vector in (add or {}).items():
-        moved = vector.to(model.model.dtype)
-        handle = on_output(blocks[layer], lambda state, _, moved=moved: state + moved)
-        stack.callback(handle.remove)
+        stack.callback((place or Place(model)).add(layer, vector).remove)
     return stack
 
 

@@ -1,4 +1,4 @@
-"""What is kept of the stream at the last prompt token: statistics, and samples where they count.
+"""What is kept of the stream where directions are measured: statistics, samples where they count.
 
 Of a class that is larger than the limits below there stay its mean and, where the estimator
 asks for it, its covariance. Samples of every prompt stay for these estimators alone:
@@ -18,9 +18,9 @@ import torch
 
 from bake.activations import Conversation, Keep, Moments, Tap
 from bake.fit.labels import Labelled
+from bake.fit.place import Place
 from bake.fit.samples import Samples, factor
 from bake.fit.scores import Observed
-from bake.model import LiveModel
 from bake.recipe import Fit
 
 __all__ = ["FIGURED", "observed", "stream_taps"]
@@ -32,14 +32,14 @@ OF_COVARIANCES: Final = frozenset({"rmd", "wrmd", "lda"})
 
 
 def stream_taps(
-    model: LiveModel,
+    place: Place,
     layers: Iterable[int],
     choice: Fit,
     role: str,
     conversations: Sequence[Conversation],
     width: int,
 ) -> dict[Any, Tap]:
-    """What to read behind some layers for the direction, of one role's conversations.
+    """What to read at a place in some blocks for the direction, of one role's conversations.
 
     `width` is the stream's.
     """
@@ -48,11 +48,10 @@ def stream_taps(
     covariance = role in (choice.refused, choice.contrast) and choice.estimator in OF_COVARIANCES
     taps: dict[Any, Tap] = {}
     for layer in layers:
-        block = model.block(layer)
         keep: Keep = "covariance" if covariance and not whole else "mean"
-        taps[layer] = Tap(block, "output", "last", keep, rows=rows)
+        taps[layer] = place.tap(layer, "last", keep, rows)
         if _in_null_space(choice, role) and not whole:
-            taps[f"all {layer}"] = Tap(block, "output", "every last", "covariance")
+            taps[f"all {layer}"] = place.tap(layer, "every last", "covariance")
     return taps
 
 
