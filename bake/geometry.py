@@ -126,7 +126,7 @@ def geometry_of(
             )
         described[name]["gap"] = float(directions[name].norm())
         described[name]["spread"] = bootstrap_cosine(
-            mean_difference, one, answered, max(recipe.fit.bootstrap, 1), recipe.seed
+            mean_difference, one, answered, max(recipe.fit.resamples, 1), recipe.seed
         )
     directions["generic"] = generic(
         {name: one.mean for name, one in samples.items()}, answered.mean

@@ -241,11 +241,12 @@ class Fit(_Section):
         description="Further prompt sets, each a kind of refusal whose direction low-rank-mix "
         "mixes, beside those of the refused and the protected class.",
     )
-    bootstrap: int = Field(
-        default=20,
+    bootstrap: int | None = Field(
+        default=None,
         ge=0,
         le=10_000,
-        description="Resamples of the topics behind a direction's spread; 0 for none.",
+        description="Resamples of the topics behind a direction's spread, 0 for none; null for 20, "
+        "and for none where each would be learned anew.",
     )
     prompts_per_class: int = Field(
         default=150, ge=2, le=1_000_000, description="Prompts at most from each class."
@@ -284,6 +285,13 @@ class Fit(_Section):
     positions: Positions = Field(
         default=Positions(), description="The tokens that the activations are taken from."
     )
+
+    @property
+    def resamples(self) -> int:
+        """How often the topics are drawn again."""
+        if self.bootstrap is not None:
+            return self.bootstrap
+        return 0 if self.estimator in BY_GRADIENT else 20
 
 
 class Add(_Section):

@@ -2,12 +2,13 @@
 
     python -m benchmarks.estimators [--op add|ablate] [--kl 0.05] [--json FILE]
 
-The demo, on hooks. Each estimator's direction of refusal (political questions refused, general
-ones answered) is added behind block 15, or taken out of what blocks 10 to 23 write. The
-strength is that at which the first answer token to general prompts of the `select` split moves
-by the same KL(base‖steered), found by bisection; a row that does not reach it at the
-largest strength says so. Refusals are of the `test` split, by the keyword judge, on topics
-that neither the fit nor the strength has seen.
+The demo, on hooks. Each estimator's direction of refusal behind block 15 (political questions
+refused, general ones answered) is added there, or taken out of what blocks 10 to 23 write; of
+`som` and `cone` one direction is added, and the span of four taken out. The strength is that at
+which the first answer token to general prompts of the `select` split moves by the same
+KL(base‖steered), found by bisection; a row that does not reach it at the largest strength says
+so. Refusals are of the `test` split, by the keyword judge, on topics that neither the fit nor
+the strength has seen.
 """
 
 import argparse
@@ -40,12 +41,13 @@ from bake.verify import divergence
 from bake.work import Work
 from benchmarks.carriers import Row, printed
 
-# The largest strength that is tried, towards answers, and how often the interval is halved.
+# What is done, with how many directions, and the largest strength that is tried, towards answers.
 EDITS = {
-    "add": ("{op: add, layer: 15, strength: -1, carrier: bias}", -8.0),
-    "ablate": ("{op: ablate, layers: 10-23}", 2.0),
+    "add": ("{op: add, layer: 15, strength: -1, carrier: bias}", 1, -8.0),
+    "ablate": ("{op: ablate, layers: 10-23}", 4, 2.0),
 }
-HALVINGS = 8
+HALVINGS = 12  # of the interval of strengths
+LAYER = 15
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ class Bench:
     """The demo with one operator, and what is asked of it."""
 
     def __init__(self, op: str, prompts: int, journal: Journal) -> None:
-        self.op, (_, self.largest) = op, EDITS[op]
+        self.op, (_, _, self.largest) = op, EDITS[op]
         self.ready = self._prepared("mean-difference")
         self.recipe = self.ready.recipe
         # All estimators see the same answers, so these are asked for once.
@@ -85,16 +87,17 @@ class Bench:
         yield {"estimator": "none", "strength": "0", "KL": "0", **self._refused(())}
         for estimator in get_args(Estimator):
             ready = self._prepared(estimator)
-            layers = direction_layers(ready.recipe)
             everyone = ready.part("fit", ready.recipe.fit.prompts_per_class)
             prompts = {role: everyone[role] for role in roles_shown(ready.recipe.fit)}
             try:
-                directions, _ = fit_directions(
-                    self.model, ready.base, ready.recipe, layers, prompts, self.judge, {}
+                fitted, _ = fit_directions(
+                    self.model, ready.base, ready.recipe, (LAYER,), prompts, self.judge, {}
                 )
             except FitError as error:
                 yield {"estimator": estimator, "strength": str(error)}
                 continue
+            layers = direction_layers(ready.recipe)
+            directions = Directions(dict.fromkeys(layers, fitted.vectors[LAYER]))
             strength, cost = self._strength(directions, kl)
             yield {
                 "estimator": estimator,
@@ -104,8 +107,9 @@ class Bench:
             }
 
     def _prepared(self, estimator: str) -> Prepared:
-        edit, _ = EDITS[self.op]
-        chosen = (f"edits=[{edit}]", f"fit.estimator={estimator}", "fit.bootstrap=0")
+        edit, basis, _ = EDITS[self.op]
+        chosen = [f"edits=[{edit}]", f"fit.estimator={estimator}", f"fit.basis={basis}"]
+        chosen.append("fit.bootstrap=0")
         return prepare(load_recipe("political-open", overrides=chosen).recipe)
 
     def _steering(self, directions: Directions, strength: float) -> tuple[Intervention, ...]:

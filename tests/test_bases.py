@@ -1,6 +1,7 @@
 """Several directions of a layer: their span, their estimators, their way into the weights."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from bake.directions import Directions, load_directions, save_directions
 from bake.directions.value import Origin
 from bake.errors import DirectionsError, FitError, RecipeError
 from bake.fit.cone import cone_basis, mixtures
-from bake.fit.learned import ConeLoss, Lesson, MixLoss, Said, refusal_openings
+from bake.fit.learned import LEARNED, ConeLoss, Lesson, MixLoss, Said, refusal_openings
 from bake.fit.low_rank_mix import learned_mix, mixing_basis, whitened
 from bake.fit.mean_difference import mean_difference
 from bake.fit.samples import Samples
@@ -429,7 +430,7 @@ def loaded(*overrides: str, output: Path | None = None) -> LoadedRecipe:
 @pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize(
     ("estimator", "figures"),
-    [("som", {"spread", "auc", "r"} | OF_PASSES), ("cone", OF_PASSES)],
+    [("som", {"spread", "auc", "r"} | OF_PASSES), ("cone", {"spread"} | OF_PASSES)],
 )
 def test_several_directions_from_the_fit_to_the_weights(
     tmp_path: Path, estimator: str, figures: set[str], capsys: pytest.CaptureFixture[str]
@@ -476,13 +477,42 @@ def test_protection_acts_on_each_of_several(tmp_path: Path) -> None:
 def test_the_learned_mix_is_one_direction(tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
     options = ("fit.estimator=low-rank-mix", "edits=[{op: add, layer: 1, strength: -1}]")
-    options += ("fit.steps=20",)
+    options += ("fit.steps=20", "fit.bootstrap=null")
     alone = fit_to_file(loaded(*options), path)
     assert alone.several == ()
-    assert set(alone.figures[1]) == OF_PASSES
+    assert set(alone.figures[1]) == OF_PASSES  # to learn it anew takes the recipe's word
     more = fit_to_file(loaded(*options, "fit.categories=[kind.txt]"), tmp_path / "more.safetensors")
     cosine = float(torch.cosine_similarity(more.vectors[1], alone.vectors[1], dim=0))
     assert cosine < 0.999
+
+
+@pytest.mark.usefixtures("inside")
+def test_the_spread_of_what_is_learned_is_of_the_same_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who learns the mean difference has its spread; prompts and states are drawn alike."""
+    taught: list[Lesson] = []
+
+    def learn(lesson: Lesson, layer: int, _: object) -> Tensor:
+        taught.append(lesson)
+        return mean_difference(*lesson.samples[layer])
+
+    monkeypatch.setitem(LEARNED, "low-rank-mix", learn)
+    options = ("edits=[{op: add, layer: 1, strength: -1}]", "fit.bootstrap=4")
+    plain = fit_to_file(loaded(*options), tmp_path / "p.safetensors")
+    found = fit_to_file(loaded(*options, "fit.estimator=low-rank-mix"), tmp_path / "d.safetensors")
+    assert found.figures[1]["spread"] == pytest.approx(plain.figures[1]["spread"], abs=1e-6)
+    whole, *drawn = taught
+    assert len(drawn) == 4
+    for lesson in drawn:
+        weights = Counter(one.topic for one in lesson.refused)
+        refused = lesson.samples[1][0]
+        shares = dict(zip(refused.topics, (len(weights) * refused.weights).tolist(), strict=True))
+        assert shares.keys() == weights.keys() < {one.topic for one in whole.refused}
+        scale = len(weights) / len(lesson.refused)
+        assert shares == pytest.approx({topic: scale * n for topic, n in weights.items()})
+        assert torch.equal(lesson.kinds[1][0], refused.mean)
+        assert torch.equal(lesson.kinds[1][1:], whole.kinds[1][1:])
 
 
 @pytest.mark.usefixtures("inside")

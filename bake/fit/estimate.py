@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from bake.fit.protect import busiest, in_null_space, without, without_concepts
 from bake.fit.samples import Samples
 from bake.fit.scores import Observed, held_out
 from bake.fit.select import DEPTH, DIVERGENCE
-from bake.fit.span import independent, rows_of, within
-from bake.fit.spread import bootstrap_cosine
+from bake.fit.span import alikeness, independent, rows_of, within
+from bake.fit.spread import Draw, bootstrap_cosine, draws
 from bake.recipe import Fit, Recipe
 
 __all__ = ["Activations", "estimated", "roles_of_direction", "roles_shown"]
@@ -26,6 +26,8 @@ __all__ = ["Activations", "estimated", "roles_of_direction", "roles_shown"]
 Activations = Mapping[str, Mapping[int, Observed]]
 Estimate = Callable[[Samples, Samples], Tensor]
 Protect = Callable[[Tensor, Samples], Tensor]
+# Directions of a layer, learned on the live model from all prompts or from topics drawn again.
+Learn = Callable[[int, tuple[Draw, Draw] | None], Tensor]
 # Below this share of the estimate a protected direction is rounding.
 NOTHING_LEFT = 1e-6
 
@@ -51,7 +53,7 @@ def estimated(
     layers: Sequence[int],
     cosmic: CosmicScores | None = None,
     first_token: FirstToken | None = None,
-    learn: Callable[[int], Tensor] | None = None,
+    learn: Learn | None = None,
 ) -> Directions:
     """The direction of every layer, as long as the gap between the two classes along it.
 
@@ -60,19 +62,17 @@ def estimated(
     `learn` gives the directions of a layer where that takes the live model. Where one layer's
     are those of all, the lengths are still each layer's own. Each comes with
     its figures: `spread`, `auc`, `r`, and those that `cosmic` and `first_token` give. What is
-    learned has these alone, as the others would learn it anew for every resample. Raises
-    FitError where the data determine no direction.
+    learned has no `auc` and no `r`, which would learn it anew for every fold. Raises FitError
+    where the data determine no direction.
     """
     refused, answered = found[recipe.fit.refused], found[recipe.fit.contrast]
-    estimates = {
-        layer: partial(
-            _directions,
-            partial(learn, layer) if learn else None,
-            recipe.fit,
-            _protection(recipe.fit, found, concepts, layer),
-        )
-        for layer in refused
-    }
+
+    def estimator(layer: int, drawn: tuple[Draw, Draw] | None = None) -> Estimate:
+        learned = partial(learn, layer, drawn) if learn else None
+        protection = _protection(recipe.fit, found, concepts, layer)
+        return partial(_directions, learned, recipe.fit, protection)
+
+    estimates = {layer: estimator(layer) for layer in refused}
     samples = {layer: (refused[layer].samples, answered[layer].samples) for layer in refused}
     chosen = None
     if recipe.fit.estimator == "cosmic":
@@ -87,6 +87,24 @@ def estimated(
         units = {
             layer: _checked(recipe.fit, estimates[layer], samples[layer], layer) for layer in layers
         }
+
+    @cache
+    def figures_of(layer: int) -> dict[str, float]:
+        resamples, seed = recipe.fit.resamples, recipe.seed
+        classes = refused[layer].kept, answered[layer].kept
+        if learn:
+            whole = chosen.direction if chosen else units[layer]
+            cosines = [
+                alikeness(whole, estimator(layer, drawn)(*classes))
+                for drawn in draws(*classes, resamples, seed)
+            ]
+            return {"spread": sum(cosines) / resamples} if resamples else {}
+        reading = partial(_reading, estimates[layer])
+        found = held_out(reading, refused[layer], answered[layer])
+        if resamples:
+            found["spread"] = bootstrap_cosine(estimates[layer], *classes, resamples, seed)
+        return found
+
     vectors: dict[int, Tensor] = {}
     figures: dict[int, dict[str, float]] = {}
     for layer in layers:
@@ -95,17 +113,8 @@ def estimated(
         several = units[layer].ndim > 1
         # What is learned or has several keeps its side; one estimate is on that of the refused.
         vectors[layer] = gap.norm() * units[layer] if several or learn else gap
-        figures[layer] = {}
-        # The figures are of the estimate, where it was made.
-        source = chosen.layer if chosen else layer
-        if not learn:
-            reading = partial(_reading, estimates[source])
-            figures[layer] |= held_out(reading, refused[source], answered[source])
-        if recipe.fit.bootstrap and not learn:
-            figures[layer]["spread"] = bootstrap_cosine(
-                *(estimates[source], refused[source].kept, answered[source].kept),
-                *(recipe.fit.bootstrap, recipe.seed),
-            )
+        # How good the estimate is, where it was made.
+        figures[layer] = dict(figures_of(chosen.layer if chosen else layer))
         basis = vectors[layer].float() if several else None
         moved = (gap if several else vectors[layer]).float()
         if cosmic:

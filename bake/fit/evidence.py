@@ -17,6 +17,7 @@ from bake.fit.labels import Labelled
 from bake.fit.learned import LEARNED, Lesson, Said, refusal_openings
 from bake.fit.place import Place
 from bake.fit.scores import Observed
+from bake.fit.spread import Draw
 from bake.fit.stream import observed
 from bake.model import LiveModel
 from bake.progress import progress
@@ -95,9 +96,13 @@ def directions_of(
     return estimated(recipe, found, evidence.sets, layers, cosmic, first_token, learn)
 
 
-def _learned(evidence: Evidence, lesson: Lesson, layer: int) -> Tensor:
+def _learned(
+    evidence: Evidence, lesson: Lesson, layer: int, drawn: tuple[Draw, Draw] | None = None
+) -> Tensor:
     choice = lesson.choice
     label = f"{choice.estimator}, layer {layer}"
+    if drawn:
+        label, lesson = f"{label}, drawn again", lesson.again(*drawn)
     with progress(label, choice.steps, evidence.model.work.main) as update:
         return LEARNED[choice.estimator](lesson, layer, update)
 
@@ -107,7 +112,11 @@ def _said(evidence: Evidence, choice: Fit) -> tuple[Sequence[Said], Sequence[Sai
 
     def of(role: str) -> list[Said]:
         pairs = zip(evidence.labels[role], evidence.conversations[role], strict=True)
-        return [Said(label.start, label.answer) for label, one in pairs if one.weight > 0]
+        return [
+            Said(label.start, label.answer, label.prompt.topic)
+            for label, one in pairs
+            if one.weight > 0
+        ]
 
     return of(choice.refused), of(choice.contrast)
 

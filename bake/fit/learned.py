@@ -5,7 +5,7 @@ What a direction does to the model is a loss here; `cone_basis` and `learned_mix
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from bake.fit.low_rank_mix import learned_mix, mixing_basis
 from bake.fit.samples import Samples, unit
 from bake.fit.shifted import shifted
 from bake.fit.span import independent
+from bake.fit.spread import Draw, as_drawn
 from bake.fit.tail import Tail
 from bake.model import LiveModel, batches
 from bake.recipe import Fit
@@ -32,10 +33,11 @@ INDUCE = 0.2
 
 @dataclass(frozen=True)
 class Said:
-    """A prompt and an answer to it, as token ids."""
+    """A prompt and an answer to it, as token ids, and the prompt's topic."""
 
     start: tuple[int, ...]
     answer: tuple[int, ...]
+    topic: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,8 @@ class Lesson:
     """What directions are learned from: a model of `depth` blocks, and what it says itself.
 
     `samples` by layer are the refused and the answered class's activations, and `kinds` the
-    mean states [m, d] of all kinds of refusal that a mix is made of.
+    mean states [m, d] of all kinds of refusal that a mix is made of, that of the refused class
+    first.
     """
 
     model: LiveModel
@@ -54,6 +57,23 @@ class Lesson:
     kinds: Mapping[int, Tensor]
     choice: Fit
     seed: int
+
+    def again(self, refused: Draw, answered: Draw) -> "Lesson":
+        """The lesson with each topic's prompts as often as it was drawn."""
+        samples = {
+            layer: (as_drawn(first, refused), as_drawn(second, answered))
+            for layer, (first, second) in self.samples.items()
+        }
+        kinds = {
+            layer: torch.cat([samples[layer][0].mean[None], means[1:]])
+            for layer, means in self.kinds.items()
+        }
+        said = (_repeated(self.refused, refused), _repeated(self.answered, answered))
+        return replace(self, refused=said[0], answered=said[1], samples=samples, kinds=kinds)
+
+
+def _repeated(said: Sequence[Said], counts: Draw) -> list[Said]:
+    return [one for one in said for _ in range(counts[one.topic])]
 
 
 class ConeLoss:
