@@ -238,8 +238,9 @@ class LiveModel:
         """
         output = self.model(
             input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=_positions(batch.mask),
+            attention_mask=batch.whole_mask,
+            position_ids=_positions(batch.whole_mask)[:, len(batch.prefix.ids) :],
+            past_key_values=batch.prefix.repeated(len(batch.rows)),
             use_cache=False,
             logits_to_keep=count,
         )

@@ -4,9 +4,9 @@ Source: Arditi et al. 2024 (arXiv:2406.11717), its selection of a direction
 (andyrdt/refusal_direction at 9d852fa).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -69,14 +69,14 @@ class FirstToken:
 
     def divergence(self, span: Tensor) -> float:
         """KL(clean ‖ without the direction) of the first token of answers to answered prompts."""
+        clean = self._clean  # before anything steers
 
-        def moved(batch: Batch) -> Tensor:
-            before = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
-            with shifted(self._model, self._layers, remove=span):
-                after = torch.log_softmax(self._model.logits(batch)[:, -1], -1)
+        def lost(batch: Batch) -> Tensor:
+            before, after = clean[batch.rows], torch.log_softmax(self._last(batch), -1)
             return (before.exp() * (before - after)).sum(-1)
 
-        return self._mean(self._answered, moved, ["divergence", digest(span)])
+        without = partial(shifted, self._model, self._layers, remove=span)
+        return self._mean(self._answered, without, lost, ["divergence", digest(span)])
 
     def _score(
         self,
@@ -85,24 +85,43 @@ class FirstToken:
         key: Sequence[object],
     ) -> float:
         def score(batch: Batch) -> Tensor:
-            with steering():
-                return refusal_score(self._model.logits(batch)[:, -1], self._openings)
+            return refusal_score(self._last(batch), self._openings)
 
-        return self._mean(prompts, score, [*key, *self._openings])
+        return self._mean(prompts, steering, score, [*key, *self._openings])
+
+    @cached_property
+    def _clean(self) -> Mapping[tuple[int, ...], Tensor]:
+        """By a batch of answered prompts, its log-probabilities without steering."""
+        return {
+            batch.rows: torch.log_softmax(self._last(batch), -1)
+            for batch in self._batches(self._answered)
+        }
+
+    def _last(self, batch: Batch) -> Tensor:
+        """Logits [n, vocabulary] behind each last token."""
+        with torch.inference_mode():
+            return self._model.last_logits(batch, 1)[:, -1]
+
+    def _batches(self, prompts: Sequence[Conversation]) -> Iterator[Batch]:
+        """The prompts, their common beginning read once: as the model is when this is called."""
+        sequences = [one.ids for one in prompts]
+        prefix = self._model.prefix(sequences, min(map(len, sequences)) - 1)
+        return batches(sequences, self._model.tokenizer.pad_token_id, BATCH, prefix)
 
     def _mean(
         self,
         prompts: Sequence[Conversation],
+        steering: Callable[[], ExitStack],
         measure: Callable[[Batch], Tensor],
         key: Sequence[object],
     ) -> float:
         """The mean of a measure [n] over prompts, each process of a launch doing its batches."""
-        padded = batches([one.ids for one in prompts], self._model.tokenizer.pad_token_id, BATCH)
-        parts = [
-            found["sum"].double()
-            for _, found in self._model.work.results(
-                padded, lambda batch: {"sum": measure(batch).sum()}, lambda _: key
-            )
-        ]
+
+        def steered(batch: Batch) -> Mapping[str, Tensor]:
+            return {"sum": measure(batch).sum()}
+
+        with steering():
+            found = self._model.work.results(self._batches(prompts), steered, lambda _: key)
+            parts = [one["sum"].double() for _, one in found]
         (total,) = self._model.work.summed([sum(parts, torch.zeros((), dtype=torch.float64))])
         return float(total) / len(prompts)
