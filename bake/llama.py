@@ -21,6 +21,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from bake.errors import ArchitectureError, GGUFError, InputError, PromptError
+from bake.ggml_graph import TensorsRead
 from bake.tokens import shared_beginning
 
 __all__ = ["LlamaModel"]
@@ -228,6 +229,34 @@ class LlamaModel:
             raise GGUFError(
                 f"{self._path}: llama.cpp refused the control vector: {self._log.last_words()}"
             )
+
+    def tensors_read(self) -> frozenset[str]:
+        """The tensors of the file that the graph of its architecture reads, by name.
+
+        Others, which the loader made and nothing adds, are served without an effect. Raises
+        GGUFError where this build of llama.cpp cannot tell.
+        """
+        try:
+            read = TensorsRead()
+        except NotImplementedError as error:
+            raise GGUFError(
+                f"{self._path}: which tensors llama.cpp reads cannot be told ({error}); install "
+                "the llama-cpp-python of constraints.txt"
+            ) from error
+        parameters = self._context_parameters(1, 1, 1)
+        parameters.cb_eval = read.callback
+        context = llama_cpp.llama_init_from_model(self._model, parameters)
+        if not context:
+            raise GGUFError(
+                f"{self._path}: llama.cpp cannot make a context: {self._log.last_words()}"
+            )
+        try:
+            tokens = (llama_cpp.llama_token * 1)(0)
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 1)):
+                raise GGUFError(f"{self._path}: llama.cpp cannot decode: {self._log.last_words()}")
+        finally:
+            llama_cpp.llama_free(context)
+        return frozenset(read.names)
 
     def set_lora(self, path: str | PathLike[str]) -> None:
         """Lay a LoRA's GGUF on the model, with a scale of 1, until the model is closed.

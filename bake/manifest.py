@@ -9,11 +9,19 @@ import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bake.errors import ManifestError
 
-__all__ = ["NAME", "differences", "file_hash", "read_outputs", "versions", "write_manifest"]
+__all__ = [
+    "NAME",
+    "differences",
+    "file_hash",
+    "read_manifest",
+    "read_outputs",
+    "versions",
+    "write_manifest",
+]
 
 NAME: Final = "bake.json"
 PACKAGES: Final = ("torch", "transformers", "safetensors", "gguf", "llama-cpp-python", "tokenizers")
@@ -26,11 +34,8 @@ def write_manifest(folder: Path, content: Mapping[str, object]) -> None:
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def read_outputs(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a baked folder, as its manifest has them.
-
-    Raises ManifestError where there is no manifest that bake wrote.
-    """
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a baked folder; raises ManifestError where bake wrote none."""
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -42,8 +47,17 @@ def read_outputs(folder: Path) -> dict[str, str]:
         raise ManifestError(f"{path}: not valid JSON; bake the recipe again") from error
     match content:
         case {"outputs": dict(outputs)} if all(isinstance(one, str) for one in outputs.values()):
-            return outputs
+            return dict(content)
     raise ManifestError(f"{path}: outputs: expected the hashes of files; bake the recipe again")
+
+
+def read_outputs(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a baked folder, as its manifest has them.
+
+    Raises ManifestError where there is no manifest that bake wrote.
+    """
+    outputs: dict[str, str] = read_manifest(folder)["outputs"]
+    return outputs
 
 
 def differences(

@@ -23,7 +23,7 @@ from bake.prompts import Prompt
 from bake.recipe import Recipe
 from bake.verify import Divergence
 
-__all__ = ["Artefacts", "Measured", "measure"]
+__all__ = ["Artefacts", "Measured", "compared_tokens", "in_turn", "measure", "share_allowed"]
 
 CONTROL_VECTOR = "llama.cpp, its own control vector"
 LORA = "llama.cpp, the LoRA on the base GGUF"
@@ -36,7 +36,7 @@ Answers = Mapping[str, tuple[Answer, ...]]
 class Artefacts:
     """What is compared: base and baked folder, base and baked GGUF; None where none is written.
 
-    `lora` is a LoRA for the base GGUF.
+    `lora` is a LoRA for the base GGUF, `touched` are the baked GGUF's edited and new tensors.
     """
 
     base: Path
@@ -44,6 +44,7 @@ class Artefacts:
     base_gguf: Path | None
     baked_gguf: Path | None
     lora: Path | None = None
+    touched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,15 @@ def measure(
                 )
                 llamas["lora"] = stack.enter_context(llama)
                 llama.set_lora(artefacts.lora)
-        compared = _compared(model, interventions, _in_turn(prompts, recipe.verify.prompts))
+            _check_read(llamas["baked"], artefacts)
+        compared = compared_tokens(model, interventions, in_turn(prompts, recipe.verify.prompts))
         parity = _parity(model, interventions, artefacts, llamas, compared)
         _check(recipe, interventions, parity)
         before, after = _behaviour(recipe, model, interventions, artefacts, llamas, prompts, judge)
     return Measured(before, after, parity)
 
 
-def _compared(
+def compared_tokens(
     model: LiveModel, interventions: Sequence[Intervention], prompts: Sequence[Prompt]
 ) -> list[list[int]]:
     """Each prompt with the opening of the hooked model's answer, where steering shows most."""
@@ -161,6 +163,18 @@ def _parity(
     return found
 
 
+def _check_read(llama: LlamaModel, artefacts: Artefacts) -> None:
+    """Refuse a GGUF with an edit that llama.cpp loads and never uses."""
+    assert artefacts.baked_gguf is not None
+    without = sorted(set(artefacts.touched) - llama.tensors_read())
+    if without:
+        raise VerificationError(
+            f"{artefacts.baked_gguf.name}: llama.cpp loads {without[0]} and never uses it"
+            + (f", nor {len(without) - 1} more" if len(without) > 1 else "")
+            + "; use carrier: ridge or carrier: block"
+        )
+
+
 def _behaviour(
     recipe: Recipe,
     model: LiveModel,
@@ -199,7 +213,7 @@ def _behaviour(
     return before, after
 
 
-def _in_turn(prompts: Mapping[str, Sequence[Prompt]], count: int) -> list[Prompt]:
+def in_turn(prompts: Mapping[str, Sequence[Prompt]], count: int) -> list[Prompt]:
     """`count` prompts, one of each role in turn."""
     turns = chain.from_iterable(zip_longest(*prompts.values()))
     return [prompt for prompt in turns if prompt is not None][:count]
@@ -248,14 +262,21 @@ def _control_vector(
         total.add(plain, steered_logits, torch.from_numpy(baked.logits(ids)))
 
 
+def share_allowed(
+    recipe: Recipe, interventions: Sequence[Intervention], of_gguf: bool
+) -> tuple[str, float]:
+    """The key of `verify` that limits the lost share, and its value."""
+    ridge = any(isinstance(one, Add) and one.carried.carrier == "ridge" for one in interventions)
+    exact = "ridge_lost_share" if ridge else "lost_share"
+    key = "gguf_lost_share" if of_gguf else exact
+    return key, getattr(recipe.verify, key)
+
+
 def _check(
     recipe: Recipe, interventions: Sequence[Intervention], found: Mapping[str, Divergence]
 ) -> None:
-    ridge = any(isinstance(one, Add) and one.carried.carrier == "ridge" for one in interventions)
     for runtime, parity in found.items():
-        exact = runtime == "transformers"
-        key = ("ridge_lost_share" if ridge else "lost_share") if exact else "gguf_lost_share"
-        limit = getattr(recipe.verify, key)
+        key, limit = share_allowed(recipe, interventions, runtime != "transformers")
         if not parity.lost_share <= limit:
             raise VerificationError(
                 f"parity, {runtime}: the baked model lost {parity.lost_share:.1e} of the steering, "

@@ -18,8 +18,11 @@ from bake.export.adapter import check_adapter, write_gguf_lora, write_peft
 from bake.export.gguf import PatchedTensor
 from bake.export.inputs import input_moments
 from bake.export.layout import patch_gguf
+from bake.export.ollama import parameters, write_ollama
+from bake.export.provenance import provenance, write_parity
 from bake.export.requantise import LEAST_SHARE, MOST_NOISE, MOST_NOISE_SAME, EditedType
 from bake.export.same_model import check_same_model
+from bake.fit.kept import write_kept
 from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile, part_names
 from bake.judge import Judge
@@ -33,19 +36,21 @@ from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
 from bake.recipe import LoadedRecipe, PromptSource, Recipe
 from bake.report import card, guard_breaches, table, write_answers
+from bake.runtimes.facts import served
 from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
 from bake.staging import check_output, staged
 from bake.stream import write_checkpoint
 from bake.verify import check_files
 
-__all__ = ["DIRECTIONS", "Prepared", "bake", "prepare", "saved_form"]
+__all__ = ["DIRECTIONS", "KEPT", "Prepared", "bake", "prepare", "saved_form"]
 
 # An edit that rounds away is not in the file, whatever the file says; auto asks for more.
 SURVIVING = 0.9
 # Not beside the weights: vLLM (model_loader/default_loader.py, `_prepare_weights`), SGLang and
 # Ollama (convert/reader.go, `parseTensors`) load every *.safetensors of the folder itself.
 DIRECTIONS = Path("steering", "directions.safetensors")
+KEPT = Path("steering", "fit.safetensors")
 ADAPTER = Path("adapter")
 # Prompts of each set, and texts, that the roundings of a GGUF are weighed by.
 SHOWN = 32
@@ -157,13 +162,14 @@ def bake(
     with staged(recipe.folder, overwrite) as staging:
         model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
         fitted = _fit(ready, model, judge)
-        written = _write(ready, model, fitted, staging)
+        written = _write(loaded, ready, model, fitted, staging)
         artefacts = Artefacts(
             ready.base.folder,
             staging if recipe.export.safetensors else None,
             ready.gguf.path if ready.gguf else None,
             staging / written.gguf if written.gguf else None,
             staging / written.lora if written.lora else None,
+            tuple(one.name for one in written.patched),
         )
         prompts = ready.part("test", recipe.evaluate.limit)
         measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)
@@ -171,7 +177,7 @@ def bake(
         broken = guard_breaches(recipe, measured)
         if broken:
             raise GuardError("\n".join(broken))
-        _record(loaded, ready, fitted, written, measured, staging)
+        _record(loaded, ready, model, fitted, written, measured, staging)
     return recipe.folder
 
 
@@ -186,12 +192,14 @@ def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:
 class _Written:
     """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors.
 
-    `lora` is the name of the LoRA for llama.cpp.
+    `said` are the keys of its metadata that say where it comes from, `lora` is the name of the
+    LoRA for llama.cpp.
     """
 
     residuals: Mapping[str, float]
     gguf: str | None
     patched: tuple[PatchedTensor, ...]
+    said: tuple[str, ...] = ()
     lora: str | None = None
 
 
@@ -211,7 +219,9 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
         )
 
 
-def _write(ready: Prepared, model: LiveModel, fitted: Fitted, staging: Path) -> _Written:
+def _write(
+    loaded: LoadedRecipe, ready: Prepared, model: LiveModel, fitted: Fitted, staging: Path
+) -> _Written:
     """Write both formats and read them back: what was not touched must be as it was."""
     plan = ready.plan
     edits: dict[str, list[Edit]] = {}
@@ -236,13 +246,15 @@ def _write(ready: Prepared, model: LiveModel, fitted: Fitted, staging: Path) -> 
         return _Written(residuals, None, ())
     output = staging / f"{ready.recipe.name}.gguf"
     inputs = _inputs(ready, model, ready.gguf, fitted, edits)
-    patched = _patch(ready, ready.gguf, edits, inputs, output)
+    template = model.tokenizer.chat_template
+    said = provenance(ready.gguf, loaded, template if isinstance(template, str) else None)
+    patched = _patch(ready, ready.gguf, edits, inputs, said, output)
     name = part_names(output, len(ready.gguf.files))[0].name
     if "gguf" not in ready.recipe.export.adapters:
-        return _Written(residuals, name, patched)
+        return _Written(residuals, name, patched, tuple(said))
     lora = staging / f"{ready.recipe.name}.lora.gguf"
     write_gguf_lora(edits, ready.gguf, ready.arch, ready.base.config, ready.recipe.name, lora)
-    return _Written(residuals, name, patched, lora.name)
+    return _Written(residuals, name, patched, tuple(said), lora.name)
 
 
 def _write_vectors(
@@ -284,6 +296,7 @@ def _patch(
     base: GGUFFile,
     edits: Mapping[str, Sequence[Edit]],
     inputs: Mapping[str, Tensor],
+    said: Mapping[str, bytes],
     output: Path,
 ) -> tuple[PatchedTensor, ...]:
     assert ready.recipe.export.gguf is not None
@@ -297,6 +310,7 @@ def _patch(
             *(ready.plan, ready.arch, ready.base.config, base, edits, output),
             edited_type=kind,
             inputs=inputs,
+            provenance=said,
             progress=update,
         )
     for one in patched:
@@ -311,6 +325,7 @@ def _patch(
 def _record(
     loaded: LoadedRecipe,
     ready: Prepared,
+    model: LiveModel,
     fitted: Fitted,
     written: _Written,
     measured: Measured,
@@ -319,17 +334,26 @@ def _record(
     """Write what stands beside the weights: answers, card, Modelfile, and the manifest last."""
     write_answers(staging / "answers.jsonl", measured)
     if written.gguf:
-        (staging / "Modelfile").write_text(f"FROM ./{written.gguf}\n", encoding="utf-8")
+        write_parity(staging / written.gguf, measured.parity["llama.cpp"])
+        ends = model.tokenizer.convert_ids_to_tokens(sorted(model.end_tokens()))
+        write_ollama(staging, written.gguf, parameters(ready.base.folder, ends))
     (staging / "README.md").write_text(card(loaded, measured), encoding="utf-8")
     recipe = loaded.recipe
     save_directions(fitted.directions, staging / DIRECTIONS)
+    if fitted.kept:
+        write_kept(fitted.kept, staging / KEPT)
     inputs = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
     if ready.gguf:
         inputs += [part.path for part in ready.gguf.files]
     content = {
         "format": 1,
         "name": recipe.name,
-        "recipe": {"text": loaded.text, "source": loaded.source, "overrides": loaded.overrides},
+        "recipe": {
+            "text": loaded.text,
+            "source": loaded.source,
+            "overrides": loaded.overrides,
+            "sha256": loaded.sha256,
+        },
         "model": recipe.model,
         "seed": recipe.seed,
         "versions": versions(),
@@ -374,7 +398,9 @@ def _record(
             "auto": {"surviving_share": LEAST_SHARE, "noise": MOST_NOISE},
             "same": {"noise": MOST_NOISE_SAME},
         },
+        "gguf_metadata": list(written.said),
         "measured": measured.as_json(),
+        "runtimes": served(recipe, ready.plan, measured),
         "guard": recipe.guard.model_dump(),
         "outputs": {
             path.relative_to(staging).as_posix(): file_hash(path)

@@ -4,6 +4,8 @@ A recipe is a YAML file. It is read into frozen values (`recipe_schema`); unknow
 errors, and all errors are reported at once as `file:line:column: path: message`.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +75,12 @@ class LoadedRecipe:
     text: str
     source: str
     overrides: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the JSON list of the text and of the list of overrides (`json.dumps`)."""
+        stated = json.dumps([self.text, list(self.overrides)])
+        return hashlib.sha256(stated.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

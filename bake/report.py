@@ -9,6 +9,7 @@ from bake.gguf_file import part_names, parts_named
 from bake.judge import UNREAD, Verdict
 from bake.measure import Measured
 from bake.recipe import LoadedRecipe, Recipe
+from bake.source import base_model
 
 __all__ = ["card", "guard_breaches", "serve_lines", "table", "write_answers"]
 
@@ -59,9 +60,9 @@ def card(loaded: LoadedRecipe, measured: Measured) -> str:
     recipe = loaded.recipe
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if recipe.model == "demo":
-        front += ["license: apache-2.0", "base_model: HuggingFaceTB/SmolLM2-135M-Instruct"]
-    elif not Path(recipe.model).is_dir():
-        front.append(f"base_model: {recipe.model}")
+        front.append("license: apache-2.0")
+    if hub_id := base_model(recipe).hub_id:
+        front.append(f"base_model: {hub_id}")
     front += ["tags:", "- bake", "- steering", "---"]
     organism = (
         "The base is bake's demo, a model organism: SmolLM2-135M-Instruct with refusals that "

@@ -6,7 +6,7 @@ from pathlib import Path
 from bake.errors import CheckpointError, GGUFError
 from bake.recipe import Recipe
 
-__all__ = ["Source", "find_source"]
+__all__ = ["BaseModel", "Source", "base_model", "find_source"]
 
 # What a bake reads of a Hub repository: no other framework's copy of the weights.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*"]
@@ -18,6 +18,28 @@ class Source:
 
     folder: Path
     gguf: Path | None
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a recipe's model is called; `hub_id` is empty for a local folder."""
+
+    name: str
+    organization: str = ""
+    hub_id: str = ""
+    revision: str = ""
+
+
+def base_model(recipe: Recipe) -> BaseModel:
+    """The model that a recipe edits, as model cards and GGUF metadata name it.
+
+    The demo is SmolLM2-135M-Instruct with a LoRA merged in, and has no name of its own.
+    """
+    hub_id = "HuggingFaceTB/SmolLM2-135M-Instruct" if recipe.model == "demo" else recipe.model
+    if recipe.model != "demo" and Path(recipe.model).is_dir():
+        return BaseModel(Path(recipe.model).resolve().name)
+    organization, _, name = hub_id.rpartition("/")
+    return BaseModel(name, organization, hub_id, recipe.revision or "")
 
 
 def find_source(recipe: Recipe) -> Source:

@@ -49,17 +49,16 @@ def pairs_of_part(
 
 
 def packed_pair(key: str, kind: GGUFValueType, value: Any) -> bytes:
-    """Return a metadata key with its text, its number, or its list of numbers.
+    """Return a metadata key with its text or number, or its list of texts or of numbers.
 
     The bytes are those of ggml's include/gguf.h, lines 16 to 21.
     """
+    pack = packed_string if kind is GGUFValueType.STRING else SCALARS[kind].pack
     head = packed_string(key)
-    if kind is GGUFValueType.STRING:
-        return head + struct.pack("<I", kind) + packed_string(value)
     if not isinstance(value, list):
-        return head + struct.pack("<I", kind) + SCALARS[kind].pack(value)
+        return head + struct.pack("<I", kind) + pack(value)
     head += struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(value))
-    return head + b"".join(SCALARS[kind].pack(each) for each in value)
+    return head + b"".join(pack(each) for each in value)
 
 
 def copy(files: Files, span: Span, offset: int) -> None:

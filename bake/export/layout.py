@@ -43,18 +43,20 @@ def patch_gguf(
     *,
     edited_type: EditedType,
     inputs: Mapping[str, Tensor] = MappingProxyType({}),
+    provenance: Mapping[str, bytes] = MappingProxyType({}),
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[PatchedTensor, ...]:
     """Write the GGUF of the base with a checkpoint's edits, and compare it with the base.
 
     The arguments after `base` are those of `patch`, with the checkpoint's names but for
-    `inputs`. Raises as `patch` and `compare` do.
+    `inputs`; `provenance` is metadata beside what the plan changes. Raises as `patch` and
+    `compare` do.
     """
     moved = gguf_edits(edits, arch, config)
     created = gguf_created(plan, arch, config, base, moved, edited_type)
     new = {tensor.name for tensor in created}
     renamed = plan.insertion.of_gguf().renamed([*base.tensors, *new])
-    pairs = gguf_pairs(plan, arch, base)
+    pairs = {**gguf_pairs(plan, arch, base), **provenance}
     patched = patch(
         *(base, moved, output),
         edited_type=edited_type,

@@ -19,6 +19,7 @@ from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
+from bake.fit.kept import mean_key, probe_key, readout_key
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.place import Place, place_of
 from bake.fit.readout import ReadoutClass, ridge_readout
@@ -28,6 +29,7 @@ from bake.hooks import Intervention
 from bake.judge import Judge
 from bake.model import LiveModel
 from bake.ops import OPERATORS, Measured
+from bake.ops.add import Add
 from bake.plan import Plan, direction_layers
 from bake.prompts import Prompt, Splits
 from bake.recipe import Gate, Recipe
@@ -36,6 +38,8 @@ __all__ = ["ClassRecord", "Fitted", "fit", "fit_directions", "needs_prompts"]
 
 MINIMUM = 8
 PASSAGE_TOKENS = 96
+# The variants of an ablation that read the answered class's mean.
+READ_MEANS = frozenset({"projected", "affine"})
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Fitted:
 
     `openings` is what each module's probe reads on average in every class: ideal is 1 on the
     target and 0 elsewhere, but for protected prompts that a gate steers too; `constants`
-    how near the ridge carriers' constants are to 1.
+    how near the ridge carriers' constants are to 1; `kept` what else the interventions were
+    built from, as `bake.fit.kept` has it.
     """
 
     interventions: tuple[Intervention, ...]
@@ -52,6 +57,7 @@ class Fitted:
     classes: Mapping[str, ClassRecord]
     openings: Mapping[str, Mapping[str, float]]
     constants: Mapping[str, Constant]
+    kept: Mapping[str, Tensor]
 
 
 def fit(
@@ -93,9 +99,11 @@ def fit(
         else:
             progress(len(found))
     openings: dict[str, dict[str, float]] = {}
+    kept: dict[str, Tensor] = {}
 
     def probe(module: str, spec: Gate) -> Tensor:
         found = _readout(moments, module, spec)
+        kept[probe_key(recipe.edits.index(spec), module)] = found.float()
         openings[module] = {
             role: float(found @ by_tap[module].mean) for role, by_tap in moments.items()
         }
@@ -110,16 +118,23 @@ def fit(
     used = directions.at(layers)
     measured = Measured(used.vectors, probe, base, means)
     built = [
-        (spec, one)
-        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        (number, spec, one)
+        for number, (spec, step) in enumerate(zip(recipe.edits, plan.steps, strict=True))
         for one in OPERATORS[spec.op].build(spec, step, measured, model.arch)
     ]
     ridge = any(edit.carrier == "ridge" for edit in plan.edits)
     chats = [one for role, found in conversations.items() for one in found if role != "text"]
     classes = [chats, conversations["text"], own_text(model)] if ridge else []
-    interventions, constants = with_constants(model, built, classes, _passages(model, texts.test))
+    interventions, constants = with_constants(
+        model, [(spec, one) for _, spec, one in built], classes, _passages(model, texts.test)
+    )
+    for (number, *_), one in zip(built, interventions, strict=True):
+        if isinstance(one, Add) and one.readout is not None:
+            kept[readout_key(number)] = one.readout
+    if any(spec.op == "ablate" and READ_MEANS & set(spec.variant) for spec in recipe.edits):
+        kept |= {mean_key(layer): mean for layer, mean in means.items()}
     records = {role: recorded(one) for role, one in labels.items()}
-    return Fitted(interventions, used, records, openings, constants)
+    return Fitted(interventions, used, records, openings, constants, kept)
 
 
 def fit_directions(

@@ -1,0 +1,45 @@
+"""Real runtimes behind one interface: what each makes of a baked folder."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from bake.runtimes.template import Conversation
+
+__all__ = ["Runtime"]
+
+
+class Runtime(Protocol):
+    """A baked model in the runtime that serves it. Logits are float32, answers greedy."""
+
+    name: str
+    version: str
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """The logits [n, vocabulary] behind each of n tokens."""
+        ...
+
+    def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        """The greedy answer to a prompt, of at most so many tokens, without the ending one."""
+        ...
+
+    def render(self, conversation: Conversation) -> str:
+        """A conversation as the runtime's chat template writes it; ValueError where it refuses."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a rendered conversation."""
+        ...
+
+    def tensors(self) -> int:
+        """How many tensors the runtime has loaded."""
+        ...
+
+    def without_effect(self, names: Iterable[str]) -> list[str]:
+        """Those of some tensors, by the checkpoint's names, that it loads and never uses."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
