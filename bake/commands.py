@@ -352,14 +352,41 @@ def directions_command(
 
 @cli.command("verify")
 @click.argument("folder", metavar="DIR")
-def verify_command(folder: str) -> None:
-    """Read a baked folder once: is every file as the manifest has it?"""
+@click.option(
+    "--runtime",
+    "runtimes",
+    type=click.Choice(["transformers", "llama.cpp", "mlx"]),
+    multiple=True,
+    help="Run it there beside the hooked base model; repeat it.",
+)
+@click.option("--base", metavar="DIR", help="Where the base is, if not where the recipe has it.")
+@click.option("--base-gguf", metavar="FILE", help="Where the GGUF that was patched is.")
+@click.option("--server", is_flag=True, help="Ask `python -m llama_cpp.server` too.")
+@click.option("--output", metavar="FILE", help="A JSON file for the findings.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def verify_command(
+    folder: str,
+    runtimes: tuple[str, ...],
+    base: str | None,
+    base_gguf: str | None,
+    server: bool,
+    output: str | None,
+    overwrite: bool,
+) -> None:
+    """Is every file of a baked folder as the manifest has it, and does it serve as promised?"""
     from pathlib import Path
 
     from bake.errors import VerificationError
     from bake.manifest import differences, read_outputs
     from bake.progress import progress
+    from bake.staging import check_file
 
+    if (base or base_gguf or server or output) and not runtimes:
+        raise click.UsageError("--base, --base-gguf, --server and --output need a --runtime")
+    if server and "llama.cpp" not in runtimes:
+        raise click.UsageError("--server is of --runtime llama.cpp")
+    if output:
+        check_file(Path(output), overwrite)
     outputs = read_outputs(Path(folder))
     written = (Path(folder, name) for name in outputs)
     size = sum(path.stat().st_size for path in written if path.is_file())
@@ -368,6 +395,39 @@ def verify_command(folder: str) -> None:
     if broken:
         raise VerificationError("\n".join(broken))
     click.echo(f"{folder}: {len(outputs)} files are as the bake wrote them")
+    if not runtimes:
+        return
+    from bake.runtimes.verify import verify_runtimes, write_findings
+
+    found = verify_runtimes(
+        Path(folder),
+        dict.fromkeys(runtimes),
+        Path(base) if base else None,
+        Path(base_gguf) if base_gguf else None,
+        server,
+    )
+    click.echo("\n".join(map(str, found)))
+    if output:
+        write_findings(found, Path(output), overwrite)
+    failed = [one for one in found if not one.passed]
+    if failed:
+        raise VerificationError(
+            "\n".join(f"{folder}: {one.runtime}, {one.check}: {one.text}" for one in failed)
+        )
+
+
+@cli.command("ollama")
+@click.argument("folder", metavar="DIR")
+@click.option("--name", metavar="NAME", help="The model's name there, in place of the bake's.")
+@click.option("--overwrite", is_flag=True, help="Replace a model of this name.")
+def ollama_command(folder: str, name: str | None, overwrite: bool) -> None:
+    """Give the GGUF of a baked folder to Ollama, by `ollama create`."""
+    from pathlib import Path
+
+    from bake.export.ollama import create
+
+    made = create(Path(folder), name, overwrite)
+    click.echo(f"created: {made}; run it with `ollama run {made}`")
 
 
 @cli.command("recipes")

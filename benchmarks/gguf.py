@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from bake import llama
 from bake.demo import materialise
 from bake.demo.base import base_gguf
 from bake.directions import save_directions
@@ -111,14 +112,14 @@ def quantise(source: Path, name: str, folder: Path) -> Path:
 
 
 def bias(folder: Path) -> None:
-    """A bias against llama.cpp's control vector."""
-    print("base | matrices | max abs delta | effect | equal positions")
+    """A bias against llama.cpp's control vector, and that against itself, token by token."""
+    print("base | matrices | max abs delta | equal | the same by token | equal | effect")
     for name in FILE_TYPES:
         path = quantise(base_gguf(), name, folder)
         base = GGUFFile.open(path)
         types = Counter(one.type.name for one in base.tensors.values() if len(one.shape) > 1)
-        largest = effect = 0.0
-        equal = positions = 0
+        effect = 0.0
+        found: dict[str, list[np.ndarray]] = {"bias": [], "token by token": []}
         with LlamaModel(path, context=128, parallel=1, threads=2) as model:
             texts = [
                 model.tokenize(f"<|im_start|>user\n{one}<|im_end|>\n<|im_start|>assistant\n")
@@ -132,6 +133,9 @@ def bias(folder: Path) -> None:
                 vectors[layer] = 4 * torch.nn.functional.normalize(drawn, dim=0)
                 model.set_control_vector(vectors)
                 wanted = [model.logits(ids) for ids in texts]
+                for ids, one in zip(texts, wanted, strict=True):
+                    alone = one_by_one(model, ids)
+                    found["token by token"].append(np.abs(alone - one).max(1))
                 model.set_control_vector(None)
                 output = folder / "biased.gguf"
                 output.unlink(missing_ok=True)
@@ -143,13 +147,21 @@ def bias(folder: Path) -> None:
                 patch(base, edits, output, edited_type="auto", created=[created])
                 with LlamaModel(output, context=128, parallel=1, threads=2) as baked:
                     for ids, one, other in zip(texts, wanted, plain, strict=True):
-                        found = np.abs(baked.logits(ids) - one).max(1)
-                        largest = max(largest, float(found.max()))
+                        found["bias"].append(np.abs(baked.logits(ids) - one).max(1))
                         effect = max(effect, float(np.abs(one - other).max()))
-                        equal += int((found == 0).sum())
-                        positions += len(found)
         shown = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
-        print(f"{name} | {shown} | {largest:.2g} | {effect:.3g} | {equal} of {positions}")
+        columns = [np.concatenate(each) for each in found.values()]
+        figures = " | ".join(f"{one.max():.2g} | {(one == 0).mean():.0%}" for one in columns)
+        print(f"{name} | {shown} | {figures} | {effect:.3g}", flush=True)
+
+
+def one_by_one(model: LlamaModel, ids: Sequence[int]) -> np.ndarray:
+    """The logits of a text that is read in batches of one token: other sums, the same numbers."""
+    whole, llama._BATCH = llama._BATCH, 1
+    try:
+        return model.logits(ids)
+    finally:
+        llama._BATCH = whole
 
 
 @dataclass(frozen=True)

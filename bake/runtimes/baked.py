@@ -1,0 +1,161 @@
+"""A baked folder with its base: the hooked model again, from the folder's own evidence.
+
+Nothing is fitted again. `bake.json` has the recipe and the hashes of the base, `steering/` what
+was fitted, `answers.jsonl` the held-out prompts; the base's weights alone come from elsewhere.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bake.arch import Arch
+from bake.archs import find_arch
+from bake.checkpoint import Checkpoint
+from bake.directions import load_directions
+from bake.errors import CheckpointError, GGUFError, InputError, ManifestError
+from bake.fit.kept import built_again, read_kept
+from bake.hooks import Intervention
+from bake.manifest import NAME, file_hash, read_manifest
+from bake.pipeline import DIRECTIONS, KEPT
+from bake.plan import Plan, make_plan
+from bake.prompts import Prompt
+from bake.recipe import Recipe, restore_recipe
+from bake.source import find_source
+
+__all__ = ["Baked"]
+
+# What decides a base's logits and tokens; its README may change on the Hub.
+_DECIDING = re.compile(
+    r"config\.json|.*\.safetensors|tokenizer.*|.*\.model|vocab.*|merges.*|chat_template.*"
+)
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A baked folder, its base and its interventions; no weight is in memory."""
+
+    folder: Path
+    recipe: Recipe
+    base: Checkpoint
+    arch: Arch
+    plan: Plan
+    interventions: tuple[Intervention, ...]
+    prompts: Mapping[str, tuple[Prompt, ...]]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    @classmethod
+    def open(cls, folder: Path, base: Path | None = None) -> "Baked":
+        """Read a folder and find its base, at `base` or where the recipe has it.
+
+        Raises ManifestError for a folder whose evidence is not whole, CheckpointError where the
+        base is not there or another one.
+        """
+        manifest = read_manifest(folder)
+        recipe, inputs = _recipe(folder, manifest), manifest.get("inputs")
+        if not isinstance(inputs, dict):
+            raise ManifestError(f"{folder / NAME}: inputs: expected the hashes of the base's files")
+        exported = recipe.export.model_copy(update={"gguf": None})
+        place = base or find_source(recipe.model_copy(update={"export": exported})).folder
+        found = Checkpoint.open(place)
+        for path in [shard.file for shard in found.shards] + list(found.sidecars()):
+            if _DECIDING.fullmatch(path.name) and inputs.get(path.name) != file_hash(path):
+                raise CheckpointError(
+                    f"{path}: is not the file that was baked ({folder / NAME}, inputs); give that "
+                    "revision of the base with --base"
+                )
+        arch = find_arch(found.config, str(place / "config.json"), found.tensors)
+        directions = load_directions(folder / DIRECTIONS)
+        plan = make_plan(recipe, found, arch)
+        _check_plan(folder, plan, manifest)
+        kept = read_kept(folder / KEPT)
+        built = built_again(recipe, plan, found, arch, directions, kept)
+        return cls(
+            *(folder, recipe, found, arch, plan, built, _prompts(folder)),
+            *(inputs, manifest["outputs"]),
+        )
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """The edited tensors, by the names that are written."""
+        return tuple(dict.fromkeys(self.plan.name(edit.tensor) for edit in self.plan.edits))
+
+    @property
+    def gguf(self) -> Path:
+        """The baked GGUF, by its first part; raises InputError where there is none."""
+        pattern = re.compile(rf"{re.escape(self.recipe.name)}(-00001-of-\d{{5}})?\.gguf")
+        for name in self.outputs:
+            if pattern.fullmatch(name):
+                return self.folder / name
+        raise InputError(f"{self.folder}: has no GGUF; take --runtime transformers or mlx")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder, if it has a checkpoint; raises InputError where there is none."""
+        if not self.recipe.export.safetensors:
+            raise InputError(f"{self.folder}: has no safetensors; take --runtime llama.cpp")
+        return self.folder
+
+    def base_gguf(self, given: Path | None) -> Path:
+        """The GGUF that was patched, at `given` or where the recipe has it.
+
+        Raises GGUFError where it is not there or another one.
+        """
+        path = given or _named_gguf(self.recipe)
+        if not path.is_file():
+            raise GGUFError(f"{path}: no such file; give the GGUF that was baked with --base-gguf")
+        if self.inputs.get(path.name) != file_hash(path):
+            raise GGUFError(
+                f"{path}: is not the file that was baked ({self.folder / NAME}, inputs); give that "
+                "one with --base-gguf"
+            )
+        return path
+
+
+def _recipe(folder: Path, manifest: Mapping[str, Any]) -> Recipe:
+    match manifest.get("recipe"):
+        case {"text": str(text), "source": str(source), "overrides": list(overrides)}:
+            return restore_recipe(text, source, overrides, str(folder / NAME)).recipe
+    raise ManifestError(f"{folder / NAME}: recipe: expected its text, source and overrides")
+
+
+def _named_gguf(recipe: Recipe) -> Path:
+    if recipe.export.gguf is None:
+        raise GGUFError("export.gguf: the recipe has none, so there is no base to compare with")
+    if recipe.export.gguf.base == "demo":
+        from bake.demo import materialise
+
+        return materialise().gguf
+    return Path(recipe.export.gguf.base)
+
+
+def _check_plan(folder: Path, plan: Plan, manifest: Mapping[str, Any]) -> None:
+    """Refuse a folder of a bake whose plan is not what this version of bake makes of its recipe."""
+    now, then = json.loads(json.dumps(plan.as_json())), manifest.get("plan")
+    for key in ("edits", "created", "inserted", "renamed"):
+        if not isinstance(then, dict) or then.get(key) != now[key]:
+            raise ManifestError(
+                f"{folder / NAME}: plan.{key}: this version of bake plans otherwise, so the hooked "
+                "model would be another one; use the version that baked it (versions.bake)"
+            )
+
+
+def _prompts(folder: Path) -> dict[str, tuple[Prompt, ...]]:
+    """The held-out prompts by set, each once, in the order in which they were answered."""
+    path = folder / "answers.jsonl"
+    found: dict[str, dict[Prompt, None]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            match json.loads(line):
+                case {"set": str(role), "prompt": str(text), "topic": str(topic)}:
+                    found.setdefault(role, {})[Prompt(text, topic, "any")] = None
+                case _:
+                    raise ValueError("a line without set, prompt and topic")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: cannot be read: {error}; download it again") from error
+    if not found:
+        raise ManifestError(f"{path}: has no prompt; download it again")
+    return {role: tuple(prompts) for role, prompts in found.items()}
