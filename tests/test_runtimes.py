@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from bake.demo import Demo
 from bake.edits import AddVector, CreatedTensor
-from bake.errors import CheckpointError, GGUFError, ManifestError
+from bake.errors import CheckpointError, GGUFError, ManifestError, VerificationError
 from bake.export.gguf import patch
 from bake.export.gguf_bytes import packed_pair
 from bake.gguf_file import GGUFFile
@@ -28,6 +28,7 @@ from bake.runtimes.baked import Baked
 from bake.runtimes.check import Finding, check_runtime, first_difference
 from bake.runtimes.facts import FACTS, table
 from bake.runtimes.llama_cpp import LlamaCpp
+from bake.runtimes.server import chat, served_at
 from bake.runtimes.template import CONVERSATIONS, Conversation, rendered
 from bake.runtimes.torch_model import Transformers, apply_template
 from tests.conftest import Run
@@ -371,3 +372,32 @@ def test_without_mlx_the_extra_is_named(
     code, _, err = bake("verify", "out", "--runtime", "mlx")
     assert code == 1
     assert "pip install -c constraints.txt 'bake[mlx]'" in err
+
+
+@pytest.mark.slow
+def test_an_openai_client_and_ours_get_one_answer_that_begins_as_the_librarys(demo: Demo) -> None:
+    openai = pytest.importorskip("openai")
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    with served_at(demo.gguf, 128) as url:
+        ours = chat(url, turns, 16)
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            theirs = client.chat.completions.create(
+                model="any", messages=turns, temperature=0, max_tokens=16
+            )
+        assert theirs.choices[0].message.content == ours
+        with pytest.raises(VerificationError, match="no chat completion: HTTP Error 4"):
+            chat(url, [{"role": "user", "content": "word " * 400}], 16)
+    tokenizer = AutoTokenizer.from_pretrained(demo.model)
+    start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    with LlamaModel(demo.gguf, context=128, parallel=1, threads=2) as model:
+        assert ours.startswith(model.detokenize(model.generate([start], 2)[0]))
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:
+    (tmp_path / "no.gguf").write_text("hello")
+    with (
+        pytest.raises(VerificationError, match=r"does not serve .*no\.gguf: .*install it"),
+        served_at(tmp_path / "no.gguf", 16),
+    ):
+        pass

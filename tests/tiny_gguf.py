@@ -6,15 +6,21 @@ The sources are llama.cpp's `conversion/<family>.py`. There is no vocabulary: id
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import AutoConfig
 
 from bake.arch import Arch
 from bake.checkpoint import Checkpoint
-from bake.export.layout import permuted_rows
+from bake.export.layout import patch_gguf, permuted_rows
 from bake.ggml import quantised
 from bake.gguf_file import GGUFFile
+from bake.llama import LlamaModel
+from bake.ops.add import Add
+from bake.plan import make_plan
+from tests.through_disk import IDS, interventions, recipe_of
 
 # Values of config.json that llama.cpp reads, as integers and as real numbers.
 COUNTS = {
@@ -105,3 +111,45 @@ def requantised(base: GGUFFile, kind: str, name: str, relative: float, output: P
     writer.write_tensors_to_file()
     writer.close()
     return GGUFFile.open(output)
+
+
+# By the name of a file's type, as llama-quantize has it. Rows of 32 fall back from the K and IQ
+# types to Q5_0, Q5_1, Q8_0 and IQ4_NL.
+FILE_TYPES = {
+    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "Q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
+    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "IQ4_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+}
+
+
+def check_control_vector(base: Checkpoint, arch: Arch, gguf: GGUFFile) -> None:
+    """A bias behind block 1, in every type of file: the logits of llama.cpp's control vector."""
+    recipe = recipe_of({"op": "add", "layer": 1, "strength": 2.0, "carrier": "bias"})
+    (added,) = interventions(base, arch, recipe)
+    assert isinstance(added, Add)
+    plan = make_plan(recipe, base, arch)
+    edits = {edit.tensor: [edit] for edit in added.edits()}
+    texts = IDS.tolist()
+    for kind, number in FILE_TYPES.items():
+        path, output = (gguf.path.with_name(f"{kind}.{what}.gguf") for what in ("base", "biased"))
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype, parameters.nthread = number, 1
+        failed = llama_cpp.llama_model_quantize(
+            str(gguf.path).encode(), str(path).encode(), parameters
+        )
+        assert not failed
+        there = GGUFFile.open(path)
+        patch_gguf(plan, arch, base.config, there, edits, output, edited_type="auto")
+        with LlamaModel(path, context=16, parallel=1, threads=1) as model:
+            before = [model.logits(ids) for ids in texts]
+            vectors = torch.zeros(model.layers, model.hidden_size)
+            vectors[1] = added.vector
+            model.set_control_vector(vectors)
+            steered = [model.logits(ids) for ids in texts]
+        with LlamaModel(output, context=16, parallel=1, threads=1) as model:
+            baked = [model.logits(ids) for ids in texts]
+        assert np.array_equal(steered, baked), kind
+        assert not np.array_equal(steered, before), kind
