@@ -334,7 +334,8 @@ def _record(
     """Write what stands beside the weights: answers, card, Modelfile, and the manifest last."""
     write_answers(staging / "answers.jsonl", measured)
     if written.gguf:
-        write_parity(staging / written.gguf, measured.parity["llama.cpp"])
+        if written.said:
+            write_parity(staging / written.gguf, measured.parity["llama.cpp"])
         ends = model.tokenizer.convert_ids_to_tokens(sorted(model.end_tokens()))
         write_ollama(staging, written.gguf, parameters(ready.base.folder, ends))
     (staging / "README.md").write_text(card(loaded, measured), encoding="utf-8")

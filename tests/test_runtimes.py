@@ -211,9 +211,11 @@ def test_a_bake_for_such_a_llama_cpp_publishes_nothing(
 
 def test_llama_cpp_on_a_folder_without_a_vocabulary(baked: Baked, live: LiveModel) -> None:
     """Everything holds in the tiny GGUF but what needs words; llama.cpp would end the process."""
+    patched = baked.base_gguf(None)
+    assert patched == Path("base.gguf")
     with (
         closing(LlamaCpp(baked.gguf, baked.arch, 64)) as runtime,
-        closing(LlamaCpp(baked.base_gguf(None), baked.arch, 64)) as base,
+        closing(LlamaCpp(patched, baked.arch, 64)) as base,
     ):
         found = by_name(check_runtime(baked, runtime, live, base))
     assert {name for name, one in found.items() if not one.passed} == {"template"}
@@ -278,6 +280,15 @@ def test_another_base_is_refused(inside: Path, bake: Run, tmp_path: Path) -> Non
     code, _, err = bake("verify", "out", "--runtime", "transformers", "--base", "nowhere")
     assert code == 1
     assert "nowhere: no such folder" in err
+    Path("model").rename("elsewhere")
+    try:
+        code, _, err = bake("verify", "out", "--runtime", "transformers")
+        assert code == 1
+        assert "or name the base's folder with --base" in err
+        arguments = ("verify", "out", "--runtime", "transformers", "--base", "elsewhere")
+        assert bake(*arguments)[0] == 0
+    finally:
+        Path("elsewhere").rename("model")
 
 
 def test_another_base_gguf_is_refused(baked: Baked, tmp_path: Path) -> None:

@@ -58,8 +58,7 @@ class Baked:
         recipe, inputs = _recipe(folder, manifest), manifest.get("inputs")
         if not isinstance(inputs, dict):
             raise ManifestError(f"{folder / NAME}: inputs: expected the hashes of the base's files")
-        exported = recipe.export.model_copy(update={"gguf": None})
-        place = base or find_source(recipe.model_copy(update={"export": exported})).folder
+        place = base or _base_folder(recipe)
         found = Checkpoint.open(place)
         for path in [shard.file for shard in found.shards] + list(found.sidecars()):
             if _DECIDING.fullmatch(path.name) and inputs.get(path.name) != file_hash(path):
@@ -99,15 +98,18 @@ class Baked:
             raise InputError(f"{self.folder}: has no safetensors; take --runtime llama.cpp")
         return self.folder
 
-    def base_gguf(self, given: Path | None) -> Path:
-        """The GGUF that was patched, at `given` or where the recipe has it.
+    def base_gguf(self, given: Path | None) -> Path | None:
+        """The GGUF that was patched, at `given` or where the recipe has it; None if none was.
 
         Raises GGUFError where it is not there or another one.
         """
-        path = given or _named_gguf(self.recipe)
+        named = _named_gguf(self.recipe)
+        path = given or named
+        if path is None:
+            return None
         if not path.is_file():
             raise GGUFError(f"{path}: no such file; give the GGUF that was baked with --base-gguf")
-        if self.inputs.get(path.name) != file_hash(path):
+        if named and self.inputs.get(path.name) != file_hash(path):
             raise GGUFError(
                 f"{path}: is not the file that was baked ({self.folder / NAME}, inputs); give that "
                 "one with --base-gguf"
@@ -122,14 +124,23 @@ def _recipe(folder: Path, manifest: Mapping[str, Any]) -> Recipe:
     raise ManifestError(f"{folder / NAME}: recipe: expected its text, source and overrides")
 
 
-def _named_gguf(recipe: Recipe) -> Path:
-    if recipe.export.gguf is None:
-        raise GGUFError("export.gguf: the recipe has none, so there is no base to compare with")
-    if recipe.export.gguf.base == "demo":
+def _base_folder(recipe: Recipe) -> Path:
+    """Where the recipe has its base checkpoint."""
+    exported = recipe.export.model_copy(update={"gguf": None})
+    try:
+        return find_source(recipe.model_copy(update={"export": exported})).folder
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or name the base's folder with --base") from error
+
+
+def _named_gguf(recipe: Recipe) -> Path | None:
+    """The base GGUF of a recipe, where it has one."""
+    base = recipe.export.gguf.base if recipe.export.gguf else None
+    if base == "demo":
         from bake.demo import materialise
 
         return materialise().gguf
-    return Path(recipe.export.gguf.base)
+    return Path(base) if base else None
 
 
 def _check_plan(folder: Path, plan: Plan, manifest: Mapping[str, Any]) -> None:

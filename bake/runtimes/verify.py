@@ -47,9 +47,9 @@ def verify_runtimes(
             original: Runtime | None = None
             if name == "llama.cpp":
                 room = _room(baked, live)
-                assert patched is not None
                 opened = stack.enter_context(closing(LlamaCpp(baked.gguf, baked.arch, room)))
-                original = stack.enter_context(closing(LlamaCpp(patched, baked.arch, room)))
+                if patched:
+                    original = stack.enter_context(closing(LlamaCpp(patched, baked.arch, room)))
                 findings += check_runtime(baked, opened, live, original)
                 if server:
                     findings.append(check_server(baked, opened, live))
