@@ -295,7 +295,12 @@ def test_another_base_gguf_is_refused(baked: Baked, tmp_path: Path) -> None:
     with pytest.raises(GGUFError, match="--base-gguf"):
         baked.base_gguf(tmp_path / "none.gguf")
     other = tmp_path / "base.gguf"
-    other.write_bytes(b"GGUF")
+    patch(GGUFFile.open("base.gguf"), {}, other, edited_type="auto")
+    assert baked.base_gguf(other) == other
+    gguf = GGUFFile.open(other)
+    with other.open("r+b") as stream:
+        stream.seek(gguf.tensors["output_norm.weight"].offset)
+        stream.write(b"\0")
     with pytest.raises(GGUFError, match="is not the file that was baked"):
         baked.base_gguf(other)
 
@@ -374,6 +379,18 @@ def test_mlx_serves_the_checkpoint_as_the_hooked_model(baked: Baked, live: LiveM
         assert runtime.without_effect([baked.edited[0], "no.such.tensor"]) == []
     with closing(MLX(baked.base.folder)) as runtime:
         assert not by_name(check_runtime(baked, runtime, live))["logits"].passed
+
+
+def test_mlx_refuses_a_bias_that_its_class_does_not_have(baked: Baked, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm", reason="the extra mlx is not installed")
+    from bake.runtimes.mlx import MLX
+
+    tensors = load_file(baked.base.folder / "model.safetensors")
+    shutil.copytree(baked.base.folder, tmp_path / "more")
+    tensors["model.layers.0.mlp.down_proj.bias"] = torch.ones(32)
+    save_file(tensors, tmp_path / "more" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"mlx-lm cannot load it: .*down_proj\.bias"):
+        MLX(tmp_path / "more")
 
 
 def test_without_mlx_the_extra_is_named(

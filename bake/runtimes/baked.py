@@ -6,7 +6,7 @@ was fitted, `answers.jsonl` the held-out prompts; the base's weights alone come 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from bake.checkpoint import Checkpoint
 from bake.directions import load_directions
 from bake.errors import CheckpointError, GGUFError, InputError, ManifestError
 from bake.fit.kept import built_again, read_kept
+from bake.gguf_file import GGUFFile
 from bake.hooks import Intervention
 from bake.manifest import NAME, file_hash, read_manifest
 from bake.pipeline import DIRECTIONS, KEPT
 from bake.plan import Plan, make_plan
+from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import Recipe, restore_recipe
 from bake.source import find_source
@@ -60,12 +62,13 @@ class Baked:
             raise ManifestError(f"{folder / NAME}: inputs: expected the hashes of the base's files")
         place = base or _base_folder(recipe)
         found = Checkpoint.open(place)
-        for path in [shard.file for shard in found.shards] + list(found.sidecars()):
-            if _DECIDING.fullmatch(path.name) and inputs.get(path.name) != file_hash(path):
-                raise CheckpointError(
-                    f"{path}: is not the file that was baked ({folder / NAME}, inputs); give that "
-                    "revision of the base with --base"
-                )
+        files = [shard.file for shard in found.shards] + list(found.sidecars())
+        deciding = [path for path in files if _DECIDING.fullmatch(path.name)]
+        if other := _other(deciding, inputs):
+            raise CheckpointError(
+                f"{other}: is not the file that was baked ({folder / NAME}, inputs); give that "
+                "revision of the base with --base"
+            )
         arch = find_arch(found.config, str(place / "config.json"), found.tensors)
         directions = load_directions(folder / DIRECTIONS)
         plan = make_plan(recipe, found, arch)
@@ -109,12 +112,22 @@ class Baked:
             return None
         if not path.is_file():
             raise GGUFError(f"{path}: no such file; give the GGUF that was baked with --base-gguf")
-        if named and self.inputs.get(path.name) != file_hash(path):
+        parts = [part.path for part in GGUFFile.open(path).files]
+        if named and (other := _other(parts, self.inputs)):
             raise GGUFError(
-                f"{path}: is not the file that was baked ({self.folder / NAME}, inputs); give that "
-                "one with --base-gguf"
+                f"{other}: is not the file that was baked ({self.folder / NAME}, inputs); give "
+                "that one with --base-gguf"
             )
         return path
+
+
+def _other(files: Sequence[Path], inputs: Mapping[str, str]) -> Path | None:
+    """The first of some files that does not have the hash of a bake's input; all are read once."""
+    with progress("base", sum(path.stat().st_size for path in files)) as update:
+        for path in files:
+            if inputs.get(path.name) != file_hash(path, update):
+                return path
+    return None
 
 
 def _recipe(folder: Path, manifest: Mapping[str, Any]) -> Recipe:

@@ -38,7 +38,7 @@ class MLX:
         try:
             self._model, self._tokenizer = load(str(folder))[:2]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise VerificationError(f"{folder}: mlx-lm cannot load it: {reason[:240]}") from error
         self._model.set_dtype(mx.float32)
 
