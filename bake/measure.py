@@ -36,7 +36,7 @@ Answers = Mapping[str, tuple[Answer, ...]]
 class Artefacts:
     """What is compared: base and baked folder, base and baked GGUF; None where none is written.
 
-    `lora` is a LoRA for the base GGUF, `touched` are the baked GGUF's edited and new tensors.
+    `lora` is a LoRA for the base GGUF, `edited` are the baked GGUF's edited tensors.
     """
 
     base: Path
@@ -44,7 +44,7 @@ class Artefacts:
     base_gguf: Path | None
     baked_gguf: Path | None
     lora: Path | None = None
-    touched: tuple[str, ...] = ()
+    edited: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _parity(
 def _check_read(llama: LlamaModel, artefacts: Artefacts) -> None:
     """Refuse a GGUF with an edit that llama.cpp loads and never uses."""
     assert artefacts.baked_gguf is not None
-    without = sorted(set(artefacts.touched) - llama.tensors_read())
+    without = sorted(set(artefacts.edited) - llama.tensors_read())
     if without:
         raise VerificationError(
             f"{artefacts.baked_gguf.name}: llama.cpp loads {without[0]} and never uses it"

@@ -169,7 +169,7 @@ def bake(
             ready.gguf.path if ready.gguf else None,
             staging / written.gguf if written.gguf else None,
             staging / written.lora if written.lora else None,
-            tuple(one.name for one in written.patched),
+            tuple(ready.arch.gguf_name(ready.plan.name(edit.tensor)) for edit in ready.plan.edits),
         )
         prompts = ready.part("test", recipe.evaluate.limit)
         measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)

@@ -40,7 +40,8 @@ def test_parameters_are_those_of_the_generation_config(
     if config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert parameters(tmp_path, []) == wanted
-    assert parameters(tmp_path, ["</s>"]) == wanted | {"stop": ["</s>"]}
+    ends = ["</s>", '"""\nFROM elsewhere', '"""']
+    assert parameters(tmp_path, ends) == wanted | {"stop": ["</s>"]}
 
 
 def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:

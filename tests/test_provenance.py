@@ -118,6 +118,13 @@ def test_a_bake_of_a_bake_names_both_parents_and_its_own_recipe(
     assert found["bake.recipe.sha256"] == again.sha256 != loaded.sha256
 
 
+def test_a_count_that_cannot_be_is_not_believed(tmp_path: Path, loaded: LoadedRecipe) -> None:
+    base = written(tmp_path / "base.gguf", **{"general.base_model.count": 2**32 - 1})
+    found = said(patched(base, loaded))
+    assert found["general.base_model.count"] == 1
+    assert found["general.base_model.0.name"] == "some-model"
+
+
 def test_parity_moves_nothing_but_its_figures(tmp_path: Path, loaded: LoadedRecipe) -> None:
     output = patched(written(tmp_path / "base.gguf"), loaded)
     before = output.read_bytes()

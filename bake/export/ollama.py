@@ -54,8 +54,9 @@ def parameters(folder: Path, ends: Sequence[str]) -> Parameters:
                 value = config.get(theirs)
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     found[name] = value
-    if ends:
-        found["stop"] = list(ends)
+    # What would end the quotation around it is no stop that a Modelfile can have.
+    if stops := [one for one in ends if one.isprintable() and '"""' not in one]:
+        found["stop"] = stops
     return found
 
 

@@ -27,6 +27,7 @@ __all__ = ["CHAT_TEMPLATE", "PARITY", "provenance", "write_parity"]
 
 CHAT_TEMPLATE: Final = "tokenizer.chat_template"
 COUNT: Final = "general.base_model.count"
+MOST_PARENTS: Final = 1 << 16  # no more than that is believed of a header
 TAGS: Final = "general.tags"
 PARITY: Final[Mapping[str, GGUFValueType]] = {
     "lost_share": GGUFValueType.FLOAT64,
@@ -45,7 +46,7 @@ def provenance(base: GGUFFile, loaded: LoadedRecipe, template: str | None) -> di
     """
     recipe, text, parent = loaded.recipe, GGUFValueType.STRING, base_model(loaded.recipe)
     number = base.metadata.get(COUNT, 0)
-    if not isinstance(number, int):
+    if not isinstance(number, int) or not 0 <= number <= MOST_PARENTS:
         number = 0
     start = f"general.base_model.{number}."
     said = {

@@ -83,10 +83,10 @@ def built_again(
     measured = Measured(directions.vectors, probe, base, means)
     found: list[Intervention] = []
     try:
-        for number, (spec, step) in enumerate(zip(recipe.edits, plan.steps, strict=True)):
+        for spec, step in zip(recipe.edits, plan.steps, strict=True):
             for one in OPERATORS[spec.op].build(spec, step, measured, arch):
                 if isinstance(one, Add) and one.carried.carrier == "ridge":
-                    one = replace(one, readout=kept[readout_key(number)])
+                    one = replace(one, readout=kept[readout_key(recipe.edits.index(spec))])
                 found.append(one)
     except KeyError as error:
         raise ManifestError(

@@ -118,19 +118,17 @@ def fit(
     used = directions.at(layers)
     measured = Measured(used.vectors, probe, base, means)
     built = [
-        (number, spec, one)
-        for number, (spec, step) in enumerate(zip(recipe.edits, plan.steps, strict=True))
+        (spec, one)
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
         for one in OPERATORS[spec.op].build(spec, step, measured, model.arch)
     ]
     ridge = any(edit.carrier == "ridge" for edit in plan.edits)
     chats = [one for role, found in conversations.items() for one in found if role != "text"]
     classes = [chats, conversations["text"], own_text(model)] if ridge else []
-    interventions, constants = with_constants(
-        model, [(spec, one) for _, spec, one in built], classes, _passages(model, texts.test)
-    )
-    for (number, *_), one in zip(built, interventions, strict=True):
+    interventions, constants = with_constants(model, built, classes, _passages(model, texts.test))
+    for (spec, _), one in zip(built, interventions, strict=True):
         if isinstance(one, Add) and one.readout is not None:
-            kept[readout_key(number)] = one.readout
+            kept[readout_key(recipe.edits.index(spec))] = one.readout
     if any(spec.op == "ablate" and READ_MEANS & set(spec.variant) for spec in recipe.edits):
         kept |= {mean_key(layer): mean for layer, mean in means.items()}
     records = {role: recorded(one) for role, one in labels.items()}
