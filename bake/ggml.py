@@ -27,7 +27,7 @@ __all__ = [
     "Floats",
     "can_dequantise",
     "dequantised",
-    "library",
+    "ggml",
     "needs_importance",
     "quantised",
     "row_bytes",
@@ -80,7 +80,7 @@ def quantised(weight: Floats, kind: GGMLQuantizationType) -> Bytes:
     def fill(part: slice) -> None:
         source = np.ascontiguousarray(weight[part], dtype=np.float32)
         target = stored[part]
-        library().ggml_quantize_chunk(
+        ggml().ggml_quantize_chunk(
             *(kind, source.ctypes.data, target.ctypes.data, 0, len(source), columns, None)
         )
 
@@ -107,12 +107,12 @@ def can_dequantise(kind: GGMLQuantizationType) -> bool:
     """Whether ggml turns this type into numbers."""
     if kind is GGMLQuantizationType.F32:
         return True
-    return library().ggml_type_name(kind) != _NO_TYPE and bool(_traits(kind).to_float)
+    return ggml().ggml_type_name(kind) != _NO_TYPE and bool(_traits(kind).to_float)
 
 
 def needs_importance(kind: GGMLQuantizationType) -> bool:
     """Whether ggml quantises to this type only with an importance matrix."""
-    return bool(library().ggml_quantize_requires_imatrix(kind))
+    return bool(ggml().ggml_quantize_requires_imatrix(kind))
 
 
 def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
@@ -128,24 +128,24 @@ def row_slices(rows: int, columns: int, weights: int = _CHUNK) -> Iterator[slice
 
 
 def _traits(kind: GGMLQuantizationType) -> Any:
-    return library().ggml_get_type_traits(kind).contents
+    return ggml().ggml_get_type_traits(kind).contents
 
 
 @cache
-def library() -> Any:
-    """ggml's own functions, each with its types."""
+def ggml() -> Any:
+    """ggml's own library."""
     # The functions that llama_cpp binds are llama.cpp's; ggml's own are in a library beside it.
-    found = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+    library = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    found.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, *3 * [count], pointer)
-    found.ggml_quantize_chunk.restype = ctypes.c_size_t
-    found.ggml_quantize_requires_imatrix.argtypes = (ctypes.c_int,)
-    found.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
-    found.ggml_get_type_traits.argtypes = (ctypes.c_int,)
-    found.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
-    found.ggml_type_name.argtypes = (ctypes.c_int,)
-    found.ggml_type_name.restype = ctypes.c_char_p
+    library.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, *3 * [count], pointer)
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_requires_imatrix.argtypes = (ctypes.c_int,)
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    library.ggml_get_type_traits.argtypes = (ctypes.c_int,)
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_type_name.argtypes = (ctypes.c_int,)
+    library.ggml_type_name.restype = ctypes.c_char_p
     # The name, by its address, so that it tells where in a tensor it lies.
-    found.ggml_get_name.argtypes = (pointer,)
-    found.ggml_get_name.restype = pointer
-    return found
+    library.ggml_get_name.argtypes = (pointer,)
+    library.ggml_get_name.restype = pointer
+    return library

@@ -141,11 +141,11 @@ def _logits(
 
 def _tensors(baked: Baked, runtime: Runtime) -> tuple[bool, str]:
     lost = runtime.without_effect(baked.edited)
-    said = f"{runtime.tensors()} loaded; "
+    said = f"{runtime.tensors()} loaded, {len(baked.edited)} edited; "
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         return False, f"{said}{lost[0]}{more} loaded and never used"
-    return True, f"{said}all {len(baked.edited)} edited ones reach the logits"
+    return True, f"{said}the logits depend on every edited one"
 
 
 def _checked(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
