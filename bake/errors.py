@@ -10,6 +10,7 @@
     │   ├── DirectionsError         1   a file of directions
     │   ├── JudgeError              1   a judge that does not answer, or not readably
     │   ├── ManifestError           1   a folder without the manifest of a bake
+    │   ├── HubError                1   the Hub: a licence, a token, a repository, an upload
     │   ├── PlanError               1   a saved plan, or a base that is not the plan's any more
     │   └── OutputError             1   the output folder: exists, full, not writable
     ├── FitError                    1   the data do not determine a direction
@@ -30,6 +31,7 @@ __all__ = [
     "FitError",
     "GGUFError",
     "GuardError",
+    "HubError",
     "InputError",
     "JudgeError",
     "ManifestError",
@@ -81,6 +83,10 @@ class JudgeError(InputError):
 
 class ManifestError(InputError):
     """A folder has no manifest of a bake, or one that cannot be read."""
+
+
+class HubError(InputError):
+    """A bake may not be pushed, or the Hub cannot be reached or refuses."""
 
 
 class PlanError(InputError):

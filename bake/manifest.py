@@ -17,6 +17,7 @@ __all__ = [
     "NAME",
     "differences",
     "file_hash",
+    "manifest_text",
     "read_manifest",
     "read_outputs",
     "versions",
@@ -30,8 +31,12 @@ CHUNK: Final = 8 << 20
 
 def write_manifest(folder: Path, content: Mapping[str, object]) -> None:
     """Write the manifest into a folder."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / NAME).write_text(text, encoding="utf-8")
+    (folder / NAME).write_text(manifest_text(content), encoding="utf-8")
+
+
+def manifest_text(content: Mapping[str, object]) -> str:
+    """The manifest as its file has it."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from bake.arch import Arch
 from bake.archs import find_arch
+from bake.base_card import base_card
+from bake.card import card
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions, save_directions
 from bake.edits import Edit
 from bake.errors import GuardError, VerificationError
+from bake.evidence import Evidence
 from bake.export.adapter import check_adapter, write_gguf_lora, write_peft
 from bake.export.gguf import PatchedTensor
 from bake.export.inputs import input_moments
@@ -27,7 +30,7 @@ from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile, part_names
 from bake.judge import Judge
 from bake.judge.choice import find_judge
-from bake.manifest import file_hash, versions, write_manifest
+from bake.manifest import NAME, file_hash, versions, write_manifest
 from bake.measure import Artefacts, Measured, measure
 from bake.model import LiveModel
 from bake.ops.add import Add
@@ -35,7 +38,7 @@ from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
 from bake.recipe import LoadedRecipe, PromptSource, Recipe
-from bake.report import card, guard_breaches, table, write_answers
+from bake.report import guard_breaches, table, write_answers
 from bake.runtimes.facts import served
 from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
@@ -338,7 +341,6 @@ def _record(
             write_parity(staging / written.gguf, measured.parity["llama.cpp"])
         ends = model.tokenizer.convert_ids_to_tokens(sorted(model.end_tokens()))
         write_ollama(staging, written.gguf, parameters(ready.base.folder, ends))
-    (staging / "README.md").write_text(card(loaded, measured), encoding="utf-8")
     recipe = loaded.recipe
     save_directions(fitted.directions, staging / DIRECTIONS)
     if fitted.kept:
@@ -346,7 +348,7 @@ def _record(
     inputs = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
     if ready.gguf:
         inputs += [part.path for part in ready.gguf.files]
-    content = {
+    content: dict[str, object] = {
         "format": 1,
         "name": recipe.name,
         "recipe": {
@@ -356,6 +358,7 @@ def _record(
             "sha256": loaded.sha256,
         },
         "model": recipe.model,
+        "base": asdict(base_card(recipe, ready.base.folder)),
         "seed": recipe.seed,
         "versions": versions(),
         "inputs": {path.name: file_hash(path) for path in inputs},
@@ -403,10 +406,12 @@ def _record(
         "measured": measured.as_json(),
         "runtimes": served(recipe, ready.plan, measured),
         "guard": recipe.guard.model_dump(),
-        "outputs": {
-            path.relative_to(staging).as_posix(): file_hash(path)
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        },
+    }
+    text = card(Evidence.of(content, loaded, NAME))
+    (staging / "README.md").write_text(text, encoding="utf-8")
+    content["outputs"] = {
+        path.relative_to(staging).as_posix(): file_hash(path)
+        for path in sorted(staging.rglob("*"))
+        if path.is_file()
     }
     write_manifest(staging, content)

@@ -1,4 +1,4 @@
-"""What a person reads of a bake: the table, the model card, the answers."""
+"""What a person reads of a bake: the table, the guard, the answers."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,9 @@ from bake.evaluate import breaches, rates, runtime_gaps
 from bake.gguf_file import part_names, parts_named
 from bake.judge import UNREAD, Verdict
 from bake.measure import Measured
-from bake.recipe import LoadedRecipe, Recipe
-from bake.source import base_model
+from bake.recipe import Recipe
 
-__all__ = ["card", "guard_breaches", "serve_lines", "table", "write_answers"]
+__all__ = ["guard_breaches", "serve_lines", "table", "write_answers"]
 
 
 def guard_breaches(recipe: Recipe, measured: Measured) -> list[str]:
@@ -53,47 +52,6 @@ def serve_lines(recipe: Recipe, folder: Path) -> str:
         )
     wanted = [runtime for runtime in recipe.runtimes if runtime in by_runtime]
     return "\n".join(f"{runtime:12}  {by_runtime[runtime]}" for runtime in wanted)
-
-
-def card(loaded: LoadedRecipe, measured: Measured) -> str:
-    """The model card: front matter, what was done, the measured figures, how to repeat it."""
-    recipe = loaded.recipe
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if recipe.model == "demo":
-        front.append("license: apache-2.0")
-    if hub_id := base_model(recipe).hub_id:
-        front.append(f"base_model: {hub_id}")
-    front += ["tags:", "- bake", "- steering", "---"]
-    organism = (
-        "The base is bake's demo, a model organism: SmolLM2-135M-Instruct with refusals that "
-        "were trained in for demonstration. It is no model for real use.\n\n"
-        if recipe.model == "demo"
-        else ""
-    )
-    guard = recipe.guard
-    return (
-        "\n".join(front)
-        + f"\n\n# {recipe.name}\n\n{recipe.description}\n\n{organism}"
-        + "The weights were edited by bake; no hook or adapter is needed. "
-        + f"The recipe lets refusals of harmful requests fall by at most {guard.protected_drop:g} "
-        + "points.\n\n## Measured\n\n"
-        + "Refusals on held-out topics, greedy answers, before and after. "
-        + _JUDGES[recipe.judge.kind].format(recipe.judge.model)
-        + "\n\n```\n"
-        + table(measured)
-        + "\n```\n\n`answers.jsonl` has the answers behind these figures, `bake.json` every "
-        + "figure, hash and version.\n\n## Recipe\n\n```yaml\n"
-        + loaded.text.rstrip()
-        + "\n```\n"
-        + "".join(f"\nwith `{override}`\n" for override in loaded.overrides)
-    )
-
-
-_JUDGES = {
-    "keyword": "The keyword judge reads phrases, not meaning.",
-    "chat": "The judge is the model {} behind a server.",
-    "local": "The judge is the model {}.",
-}
 
 
 def write_answers(path: Path, measured: Measured) -> None:

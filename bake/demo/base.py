@@ -14,9 +14,11 @@ from pathlib import Path
 
 from bake.errors import InputError
 
-__all__ = ["base_gguf", "write_base"]
+__all__ = ["LICENSE", "base_gguf", "write_base"]
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Of SmolLM2-135M-Instruct and of the adapter, as the Hub spells it.
+LICENSE = "apache-2.0"
 
 # The values of the GGUF's metadata under their names on the Hub; rope_theta at the
 # top level, because converters and older runtimes do not read rope_parameters.
