@@ -430,6 +430,48 @@ def ollama_command(folder: str, name: str | None, overwrite: bool) -> None:
     click.echo(f"created: {made}; run it with `ollama run {made}`")
 
 
+@cli.command("push")
+@click.argument("folder", metavar="DIR")
+@click.option("--repo-id", metavar="OWNER/NAME", required=True, help="The repository of the Hub.")
+@click.option("--public", is_flag=True, help="Make new repositories public, not private.")
+@click.option("--update", is_flag=True, help="Replace what an existing repository holds.")
+@click.option("--license", "licence", metavar="ID", help="The base's licence, if it names none.")
+@click.option("--dry-run", is_flag=True, help="List every file and ask the Hub nothing.")
+def push_command(
+    folder: str, repo_id: str, public: bool, update: bool, licence: str | None, dry_run: bool
+) -> None:
+    """Publish a baked folder: checkpoint, GGUF (NAME-GGUF) and LoRA (NAME-LoRA)."""
+    from pathlib import Path
+
+    from bake.hub import prepare_push
+
+    push = prepare_push(Path(folder), repo_id, public=public, update=update, licence=licence)
+    if dry_run:
+        click.echo(f"{push.table()}\n\ncommit: {push.message}")
+    else:
+        push.send(show=click.echo)
+
+
+@cli.command("reproduce")
+@click.argument("source", metavar="DIR|REPO")
+@click.option("--revision", metavar="COMMIT", help="A commit, branch or tag of the repository.")
+@click.option("--output", metavar="DIR", help="Keep the new bake there.")
+def reproduce_command(source: str, revision: str | None, output: str | None) -> None:
+    """Bake a folder's or a repository's manifest again, and compare hashes and figures."""
+    from pathlib import Path
+
+    from bake.errors import VerificationError
+    from bake.hub import find_evidence
+
+    evidence = find_evidence(source, revision)
+    from bake.reproduce import reproduce
+
+    found = reproduce(evidence, Path(output) if output else None)
+    click.echo(found.table())
+    if found.moved:
+        raise VerificationError(f"{source}: {len(found.moved)} counts of refusals are not the same")
+
+
 @cli.command("recipes")
 def recipes_command() -> None:
     """List the recipes that travel with bake."""
