@@ -472,6 +472,16 @@ def reproduce_command(source: str, revision: str | None, output: str | None) -> 
         raise VerificationError(f"{source}: {len(found.moved)} counts of refusals are not the same")
 
 
+@cli.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of recipes, with which editors complete and check them."""
+    import json
+
+    from bake.recipe_json import recipe_json_schema
+
+    click.echo(json.dumps(recipe_json_schema(), indent=2, ensure_ascii=False))
+
+
 @cli.command("recipes")
 def recipes_command() -> None:
     """List the recipes that travel with bake."""

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
@@ -95,6 +97,16 @@ class PromptSource(_Section):
     @classmethod
     def _short_form(cls, value: object) -> object:
         return {"set": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The short form too; and a role has a set of its own where none is named."""
+        reference = handler(core)
+        full = handler.resolve_ref_schema(reference)
+        full.pop("required", None)
+        return {"anyOf": [full["properties"]["set"], reference]}
 
     @model_validator(mode="after")
     def _pinned(self) -> "PromptSource":

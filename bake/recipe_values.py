@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from bake.prompts import builtin_sets
 from bake.prompts.rows import HUB, SUFFIXES
@@ -37,12 +37,18 @@ __all__ = [
 
 HIGHEST_LAYER = 999  # beyond every known model; the plan checks the model's own count
 HIGHEST_BASIS = 64  # directions of one layer; published ones have up to ten
+RANGE = r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*"
+REPOSITORY = r"[\w.-]+/[\w.-]+"
+COMMIT = r"[0-9a-f]{40}"
+LANGUAGE = r"any|[a-z]{2,3}(-[A-Za-z0-9]{2,8})*"
+NAME = r"\w[\w.-]*"
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,99}"
 
 
 def _layers(value: object) -> object:
     """Turn 15 and "11-17" into tuples; sort and unite what is a list of whole numbers."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", value, re.ASCII)
+        match = re.fullmatch(RANGE, value, re.ASCII)
         if not match:
             raise ValueError(f'expected a list of layers or a range like "11-17", found {value!r}')
         first, last = int(match[1]), int(match[2])
@@ -70,7 +76,7 @@ def _distinct(items: tuple[object, ...]) -> tuple[object, ...]:
 def _set_name(name: str) -> str:
     known = sorted(builtin_sets())
     if name.startswith(HUB):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name.removeprefix(HUB)):
+        if not re.fullmatch(REPOSITORY, name.removeprefix(HUB)):
             raise ValueError(f"a dataset of the Hub is hub:owner/name, found {name!r}")
     elif Path(name).suffix not in SUFFIXES and name not in known:
         hint = near(name, known) or f"; there are {', '.join(known)}"
@@ -80,7 +86,7 @@ def _set_name(name: str) -> str:
 
 
 def _commit(revision: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+    if not re.fullmatch(COMMIT, revision):
         raise ValueError(
             f"expected the 40 digits of a commit, found {revision!r}; a branch or tag may move"
         )
@@ -88,13 +94,13 @@ def _commit(revision: str) -> str:
 
 
 def _language(code: str) -> str:
-    if not re.fullmatch(r"any|[a-z]{2,3}(-[A-Za-z0-9]{2,8})*", code):
+    if not re.fullmatch(LANGUAGE, code):
         raise ValueError(f"expected a language code like en or zh, or any, found {code!r}")
     return code
 
 
 def _name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    if not re.fullmatch(NAME, name):
         raise ValueError(f"a name has letters, digits, '_', '.' and '-' only, found {name!r}")
     return name
 
@@ -112,29 +118,54 @@ def _url(url: str) -> str:
 
 
 def _variable(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
+    if not re.fullmatch(VARIABLE, name):
         # What does not look like a name may be the key itself, which no message may repeat.
         raise ValueError("expected the name of an environment variable, as in OPENAI_API_KEY")
     return name
 
 
-SetName: TypeAlias = Annotated[str, AfterValidator(_set_name)]
-Commit: TypeAlias = Annotated[str, AfterValidator(_commit)]
-Language: TypeAlias = Annotated[str, AfterValidator(_language)]
-Name: TypeAlias = Annotated[str, AfterValidator(_name)]
-Url: TypeAlias = Annotated[str, AfterValidator(_url)]
-Variable: TypeAlias = Annotated[str, AfterValidator(_variable)]
+def _text(pattern: str) -> WithJsonSchema:
+    """What a JSON Schema says of text that a validator checks."""
+    return WithJsonSchema({"type": "string", "pattern": f"^({pattern})$"})
+
+
+# Names to choose from where an editor completes.
+_SETS = WithJsonSchema(
+    {
+        "anyOf": [
+            {"enum": sorted(builtin_sets())},
+            {"type": "string", "pattern": rf"({'|'.join(map(re.escape, SUFFIXES))})$"},
+            {"type": "string", "pattern": rf"^{HUB}{REPOSITORY}$"},
+        ]
+    }
+)
+SetName: TypeAlias = Annotated[str, AfterValidator(_set_name), _SETS]
+Commit: TypeAlias = Annotated[str, AfterValidator(_commit), _text(COMMIT)]
+Language: TypeAlias = Annotated[str, AfterValidator(_language), _text(LANGUAGE)]
+Name: TypeAlias = Annotated[str, AfterValidator(_name), _text(NAME)]
+Url: TypeAlias = Annotated[str, AfterValidator(_url), _text("https?://[!-~]+")]
+Variable: TypeAlias = Annotated[str, AfterValidator(_variable), _text(VARIABLE)]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000)]
 Layer: TypeAlias = Annotated[int, Field(ge=0, le=HIGHEST_LAYER)]
 # YAML has lists and the schema has tuples: strict everywhere but there.
 _ITEMS = Field(strict=False, min_length=1)
-Layers: TypeAlias = Annotated[tuple[Layer, ...], _ITEMS, BeforeValidator(_layers)]
+# Before a validator turns them into tuples, for editors.
+_ONE_OR_MORE: TypeAlias = Annotated[list[Layer], Field(min_length=1)]
+_LAYERS: TypeAlias = Layer | Annotated[str, Field(pattern=f"^{RANGE}$")] | _ONE_OR_MORE
+Layers: TypeAlias = Annotated[
+    tuple[Layer, ...], _ITEMS, BeforeValidator(_layers, json_schema_input_type=_LAYERS)
+]
 Site: TypeAlias = Literal["attention", "mlp"]
 Sites: TypeAlias = Annotated[tuple[Site, ...], _ITEMS, AfterValidator(_distinct)]
 Variant: TypeAlias = Literal["plain", "norm-preserving", "projected", "affine"]
 Variants: TypeAlias = Annotated[
-    tuple[Variant, ...], _ITEMS, AfterValidator(_distinct), BeforeValidator(_listed)
+    tuple[Variant, ...],
+    _ITEMS,
+    AfterValidator(_distinct),
+    BeforeValidator(
+        _listed, json_schema_input_type=Variant | Annotated[list[Variant], Field(min_length=1)]
+    ),
 ]
 Measured: TypeAlias = Literal["transformers", "llama.cpp"]
 Answering: TypeAlias = Annotated[tuple[Measured, ...], _ITEMS, AfterValidator(_distinct)]
