@@ -1,6 +1,6 @@
 """Every estimator of a direction at the same cost: what it opens, and what it loses.
 
-    python -m benchmarks.estimators [--kl 0.05] [--prompts 48] [--json FILE]
+    python -m benchmarks.estimators [--kl 0.05] [--only ESTIMATOR] [--steps 100] [--json FILE]
 
 The demo, on hooks. Each estimator's direction of refusal behind block 15 (political questions
 refused, general ones answered) is added there, and taken out of what blocks 10 to 23 write; of
@@ -14,7 +14,7 @@ nor the strength has seen.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -55,12 +55,14 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--kl", type=float, default=0.05)
     arguments.add_argument("--prompts", type=int, default=48, help="test prompts of each role")
+    arguments.add_argument("--only", choices=get_args(Estimator), action="append")
+    arguments.add_argument("--steps", type=int, default=100, help="of those that learn")
     arguments.add_argument("--json", type=Path)
     chosen = arguments.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(chosen.prompts, Journal(Path(folder)))
-        found = printed(bench.rows(chosen.kl))
+        bench = Bench(chosen.prompts, chosen.steps, Journal(Path(folder)))
+        found = printed(bench.rows(chosen.kl, chosen.only or get_args(Estimator)))
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
@@ -68,8 +70,9 @@ def main() -> None:
 class Bench:
     """The demo with its estimates, and what is asked of it under each operator."""
 
-    def __init__(self, prompts: int, journal: Journal) -> None:
+    def __init__(self, prompts: int, steps: int, journal: Journal) -> None:
         self.ready = {op: _prepared(op) for op in EDITS}
+        self.steps = steps
         ready = self.ready["ablate"]
         self.recipe = ready.recipe
         # All estimators see the same answers, so these are asked for once.
@@ -80,11 +83,11 @@ class Bench:
         self.general = [self.model.render(one.text) for one in ready.splits["general"].select]
         self.plain = self._first_tokens(())
 
-    def rows(self, kl: float) -> Iterator[Row]:
+    def rows(self, kl: float, estimators: Iterable[str]) -> Iterator[Row]:
         """Without steering, and by estimator and operator at the strength that costs `kl`."""
         nothing = {"estimator": "none", "op": "", "strength": "0", "KL": "0"}
         yield nothing | self._refused(())
-        for estimator in get_args(Estimator):
+        for estimator in estimators:
             try:
                 found = self._fitted(estimator)
             except FitError as error:
@@ -98,7 +101,7 @@ class Bench:
 
     def _fitted(self, estimator: str) -> Directions:
         """The directions behind one block."""
-        ready = _prepared("ablate", estimator)
+        ready = _prepared("ablate", f"fit.estimator={estimator}", f"fit.steps={self.steps}")
         everyone = ready.part("fit", ready.recipe.fit.prompts_per_class)
         prompts = {role: everyone[role] for role in roles_shown(ready.recipe.fit)}
         found, _ = fit_directions(
@@ -163,8 +166,8 @@ def nearest(cost: Callable[[float], float], largest: float, wanted: float) -> tu
     return guess * largest, found
 
 
-def _prepared(op: str, estimator: str = "mean-difference") -> Prepared:
-    chosen = (f"edits=[{EDITS[op][0]}]", f"fit.estimator={estimator}", "fit.bootstrap=0")
+def _prepared(op: str, *overrides: str) -> Prepared:
+    chosen = (f"edits=[{EDITS[op][0]}]", "fit.bootstrap=0", *overrides)
     return prepare(load_recipe("political-open", overrides=chosen).recipe)
 
 
