@@ -6,6 +6,7 @@
     │   ├── PromptError             1   a prompt set
     │   ├── CheckpointError         1   a safetensors checkpoint or its config
     │   ├── GGUFError               1   a GGUF file
+    │   ├── ConverterError          1   llama.cpp's converter: not to be had, or it does not convert
     │   ├── ArchitectureError       1   a model outside the table, a layer out of range
     │   ├── DirectionsError         1   a file of directions
     │   ├── JudgeError              1   a judge that does not answer, or not readably
@@ -27,6 +28,7 @@ __all__ = [
     "ArchitectureError",
     "BakeError",
     "CheckpointError",
+    "ConverterError",
     "DirectionsError",
     "FitError",
     "GGUFError",
@@ -67,6 +69,10 @@ class CheckpointError(InputError):
 
 class GGUFError(InputError):
     """A GGUF file cannot be read, or is not of the model that is being edited."""
+
+
+class ConverterError(InputError):
+    """llama.cpp's converter cannot be had, or it or its quantiser does not take the model."""
 
 
 class ArchitectureError(InputError):
