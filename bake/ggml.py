@@ -145,6 +145,8 @@ def ggml() -> Any:
     library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     library.ggml_type_name.argtypes = (ctypes.c_int,)
     library.ggml_type_name.restype = ctypes.c_char_p
+    library.ggml_op_name.argtypes = (ctypes.c_int,)
+    library.ggml_op_name.restype = ctypes.c_char_p
     # The name, by its address, so that it tells where in a tensor it lies.
     library.ggml_get_name.argtypes = (pointer,)
     library.ggml_get_name.restype = pointer

@@ -165,10 +165,12 @@ class GGUFFile:
         return read_tensor(self.path_of(tensor), tensor)
 
     def array(self, key: str) -> list[Any]:
-        """Return the elements of an array of numbers or booleans in the metadata."""
-        found = self.metadata[key]
+        """Return the elements of an array in the metadata."""
+        found, pair = self.metadata[key], self.pairs[key]
         assert isinstance(found, GGUFArray)
-        scalar, pair = SCALARS[found.element_type], self.pairs[key]
+        if found.element_type is GGUFValueType.STRING:
+            return self._strings(key, found.count, pair)
+        scalar = SCALARS[found.element_type]
         size = found.count * scalar.size
         with _reading(self.path) as (file, _):
             # The elements are the last bytes of their pair.
@@ -177,6 +179,16 @@ class GGUFFile:
         if len(stored) != size:
             raise GGUFError(f"{self.path}: ends inside the value of {key!r}; {_AGAIN}")
         return [each for (each,) in scalar.iter_unpack(stored)]
+
+    def _strings(self, key: str, count: int, pair: Span) -> list[str]:
+        with _reading(self.path) as (file, size):
+            cursor = _Cursor(self.path, file, size)
+            # The key with its length, the types of the array and of its elements, their number.
+            cursor.position = pair.start + 8 + len(key.encode()) + 4 + 4 + 8
+            what = f"the value of {key!r}"
+            return [
+                cursor.string(MAX_STRING, what).decode("utf-8", "replace") for _ in range(count)
+            ]
 
 
 def read_tensor(path: Path, tensor: GGUFTensor) -> Tensor:
@@ -379,6 +391,8 @@ def _parse(cursor: _Cursor) -> GGUFFile:
     number, count = metadata.get(SPLIT_NUMBER), metadata.get(SPLIT_COUNT)
     if architecture is None and isinstance(count, int) and count > 1 and number != 0:
         architecture = ""  # Of a split model only the first part says it.
+    elif architecture is None and metadata.get("general.type") == "imatrix":
+        architecture = ""  # An importance matrix is of no architecture.
     elif not isinstance(architecture, str) or not architecture:
         cursor.fail("has no text under the metadata key 'general.architecture'")
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)

@@ -47,8 +47,10 @@ class LlamaModel:
 
     `context` is in tokens for each of the `parallel` sequences; the cache takes
     context x parallel x layers x 2 x key/value width x 4 bytes. `vocabulary_size`,
-    `hidden_size` and `layers` are the model's. Raises `GGUFError` with llama.cpp's own
-    last words when the file or the context cannot be loaded.
+    `hidden_size` and `layers` are the model's, `beginning` the token that its texts begin with.
+    `watch` is a `ggml_backend_sched_eval_callback` (ggml's include/ggml-backend.h), called around
+    every operation. Raises `GGUFError` with llama.cpp's own last words when the file or the
+    context cannot be loaded.
 
         with LlamaModel("model.gguf", context=512, threads=2) as model:
             tokens = model.tokenize("The capital of France is")
@@ -56,7 +58,13 @@ class LlamaModel:
     """
 
     def __init__(
-        self, path: str | PathLike[str], *, context: int, parallel: int = 16, threads: int
+        self,
+        path: str | PathLike[str],
+        *,
+        context: int,
+        parallel: int = 16,
+        threads: int,
+        watch: Any = None,
     ) -> None:
         if min(context, parallel, threads) < 1:
             raise InputError(
@@ -76,9 +84,11 @@ class LlamaModel:
                 f"{self._path}: llama.cpp cannot load it: {self._log.last_words()}; "
                 "the file is damaged, or holds what its architecture does not know"
             )
-        self._context = llama_cpp.llama_init_from_model(
-            self._model, self._context_parameters(context, parallel, threads)
-        )
+        parameters = self._context_parameters(context, parallel, threads)
+        if watch is not None:
+            # The context does not keep the callback alive.
+            self._watch = parameters.cb_eval = watch
+        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
             raise GGUFError(
@@ -91,6 +101,8 @@ class LlamaModel:
         self.vocabulary_size = int(llama_cpp.llama_vocab_n_tokens(self._vocabulary))
         self.hidden_size = int(llama_cpp.llama_model_n_embd(self._model))
         self.layers = int(llama_cpp.llama_model_n_layer(self._model))
+        begins = llama_cpp.llama_vocab_get_add_bos(self._vocabulary)
+        self.beginning = llama_cpp.llama_vocab_bos(self._vocabulary) if begins else None
 
     def __enter__(self) -> Self:
         return self
