@@ -13,12 +13,16 @@ from bake.recipe_errors import near
 
 __all__ = [
     "BY_GRADIENT",
+    "FILE_TYPES",
+    "FLOATS",
     "SEVERAL",
+    "TENSOR_TYPES",
     "Answering",
     "Basis",
     "Commit",
     "Count",
     "Estimator",
+    "FileType",
     "Language",
     "Layer",
     "Layers",
@@ -29,6 +33,7 @@ __all__ = [
     "SetName",
     "Sites",
     "Strength",
+    "TensorType",
     "Text",
     "Url",
     "Variable",
@@ -191,3 +196,38 @@ Estimator: TypeAlias = Literal[
 ]
 BY_GRADIENT: tuple[Estimator, ...] = ("cone", "low-rank-mix")  # By gradient, on the live model.
 SEVERAL: tuple[Estimator, ...] = ("som", "cone")  # What gives `fit.basis` directions a layer.
+FLOATS = ("f32", "f16", "bf16")
+# What llama-quantize writes (llama.cpp's tools/quantize/quantize.cpp, `QUANT_OPTIONS`).
+FILE_TYPES = (
+    *("q8_0", "q6_k", "q5_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k", "q4_k_m", "q4_k_s"),
+    *("q4_1", "q4_0", "q3_k", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s", "iq4_nl", "iq4_xs"),
+    *("iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m"),
+    *("iq1_s", "tq2_0", "tq1_0", "mxfp4_moe"),
+)
+# The types of single matrices: ggml's.
+TENSOR_TYPES = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"),
+    *("iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs"),
+    *("iq2_xxs", "iq1_m", "iq1_s", "tq2_0", "tq1_0"),
+)
+
+
+def _file_type(name: str) -> str:
+    return _one_of(name, ("base", *FLOATS, *FILE_TYPES))
+
+
+def _tensor_type(name: str) -> str:
+    return _one_of(name, TENSOR_TYPES)
+
+
+def _one_of(name: str, types: tuple[str, ...]) -> str:
+    # llama-quantize and its users write types in capitals.
+    small = name.lower()
+    if small not in types:
+        hint = near(name, types) or f"; there are {', '.join(types)}"
+        raise ValueError(f"no type {name!r}{hint}")
+    return small
+
+
+FileType: TypeAlias = Annotated[str, AfterValidator(_file_type)]
+TensorType: TypeAlias = Annotated[str, AfterValidator(_tensor_type)]
