@@ -50,9 +50,18 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _llama_cpp_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--llama-cpp",
+        metavar="DIR",
+        help="A llama.cpp tree, in place of the fetched one, to convert with.",
+    )(function)
+
+
 @click.group(cls=_Recipes, invoke_without_command=True)
 @_recipe_options
 @click.option("--output", metavar="DIR", help="The folder to write.")
+@_llama_cpp_option
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 @click.version_option(__version__, prog_name="bake")
 @click.pass_context
@@ -62,6 +71,7 @@ def cli(
     model: str | None,
     output: str | None,
     overrides: tuple[str, ...],
+    llama_cpp: str | None,
     overwrite: bool,
 ) -> None:
     r"""Fold steering into the weights of a language model, and prove it.
@@ -77,18 +87,21 @@ def cli(
             "several processes are for `bake fit` and `bake select`; run this without launcher"
         )
     if context.invoked_subcommand:
-        if recipe or model or output or overrides or overwrite:
+        if recipe or model or output or overrides or llama_cpp or overwrite:
             raise click.UsageError("give the options of a recipe after the subcommand")
         return
     if not recipe:
         click.echo(context.get_help())
         return
+    from pathlib import Path
+
     from bake.pipeline import bake
     from bake.recipe import load_recipe
     from bake.report import serve_lines
 
     loaded = load_recipe(recipe, overrides=overrides, model=model, output=output)
-    folder = bake(loaded, overwrite=overwrite, show=click.echo)
+    tree = Path(llama_cpp) if llama_cpp else None
+    folder = bake(loaded, overwrite=overwrite, llama_cpp=tree, show=click.echo)
     click.echo(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
 
 
@@ -127,8 +140,9 @@ def plan_command(
 @cli.command("apply")
 @click.argument("plan", metavar="PLAN")
 @click.option("--output", metavar="DIR", help="The folder to write.")
+@_llama_cpp_option
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
-def apply_command(plan: str, output: str | None, overwrite: bool) -> None:
+def apply_command(plan: str, output: str | None, llama_cpp: str | None, overwrite: bool) -> None:
     """Bake a plan that `bake plan --output PLAN` saved, if it still holds."""
     from pathlib import Path
 
@@ -138,7 +152,8 @@ def apply_command(plan: str, output: str | None, overwrite: bool) -> None:
 
     saved = SavedPlan.open(Path(plan))
     loaded = saved.recipe(output)
-    folder = bake(loaded, overwrite=overwrite, planned=saved, show=click.echo)
+    tree = Path(llama_cpp) if llama_cpp else None
+    folder = bake(loaded, overwrite=overwrite, planned=saved, llama_cpp=tree, show=click.echo)
     click.echo(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
 
 
@@ -348,6 +363,76 @@ def directions_command(
     click.echo(found.table())
     if output:
         click.echo(f"\nwritten: {output}")
+
+
+@cli.command("convert")
+@click.argument("folder", metavar="DIR")
+@click.option("--type", "kind", metavar="TYPE", help="As for llama-quantize: q4_k_m, iq3_s, bf16.")
+@click.option("--output", "-o", metavar="FILE", help="The GGUF to write.")
+@click.option(
+    "--imatrix", metavar="FILE|text", help="An importance matrix, or one of bake's texts."
+)
+@click.option(
+    "--tensor-type", "types", metavar="NAME=TYPE", multiple=True, help="A matrix's type; repeat it."
+)
+@click.option("--output-tensor-type", metavar="TYPE", help="The type of output.weight.")
+@click.option("--token-embedding-type", metavar="TYPE", help="The type of the token embedding.")
+@click.option("--pure", is_flag=True, help="One type for all matrices.")
+@click.option("--base", metavar="GGUF", help="The file whose types `--type base` takes.")
+@_llama_cpp_option
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def convert_command(
+    folder: str,
+    kind: str | None,
+    output: str | None,
+    imatrix: str | None,
+    types: tuple[str, ...],
+    output_tensor_type: str | None,
+    token_embedding_type: str | None,
+    pure: bool,
+    base: str | None,
+    llama_cpp: str | None,
+    overwrite: bool,
+) -> None:
+    """Convert a checkpoint to a GGUF of any type, by llama.cpp's converter and quantiser."""
+    from pathlib import Path
+
+    from pydantic import ValidationError
+
+    from bake.export.conversion import convert_to_file
+    from bake.recipe import Conversion
+    from bake.recipe_errors import explain
+
+    if not kind or not output:
+        raise click.UsageError("--type and --output are needed")
+    if (kind == "base") != bool(base):
+        raise click.UsageError("--type base and --base GGUF go together")
+    try:
+        asked = Conversion(
+            type=kind,
+            imatrix=imatrix,
+            tensor_types=dict(_pair(one) for one in types),
+            output_tensor_type=output_tensor_type,
+            token_embedding_type=token_embedding_type,
+            pure=pure,
+        )
+    except ValidationError as error:
+        path, message, _ = next(explain(error, Conversion))
+        raise click.UsageError(f"--{str(path[0]).replace('_', '-')}: {message}") from error
+    measured = convert_to_file(
+        *(Path(folder), Path(output), asked),
+        llama_cpp=Path(llama_cpp) if llama_cpp else None,
+        mix=Path(base) if base else None,
+        overwrite=overwrite,
+    )
+    click.echo(f"{measured}\n\nwritten: {output}")
+
+
+def _pair(given: str) -> tuple[str, str]:
+    name, equals, kind = given.rpartition("=")
+    if not equals or not name:
+        raise click.UsageError(f"--tensor-type: expected NAME=TYPE, found {given!r}")
+    return name, kind
 
 
 @cli.command("verify")

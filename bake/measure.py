@@ -36,7 +36,8 @@ Answers = Mapping[str, tuple[Answer, ...]]
 class Artefacts:
     """What is compared: base and baked folder, base and baked GGUF; None where none is written.
 
-    `lora` is a LoRA for the base GGUF, `edited` are the baked GGUF's edited tensors.
+    `lora` is a LoRA for the base GGUF, `edited` are the baked GGUF's edited tensors, `exact` is
+    the base GGUF with the edits in float32.
     """
 
     base: Path
@@ -45,6 +46,7 @@ class Artefacts:
     baked_gguf: Path | None
     lora: Path | None = None
     edited: tuple[str, ...] = ()
+    exact: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ def measure(
     with ExitStack() as stack:
         llamas: dict[str, LlamaModel] = {}
         if artefacts.base_gguf and artefacts.baked_gguf:
-            for name, path in (("base", artefacts.base_gguf), ("baked", artefacts.baked_gguf)):
+            files = {"base": artefacts.base_gguf, "baked": artefacts.baked_gguf}
+            if artefacts.exact:
+                files["exact"] = artefacts.exact
+            for name, path in files.items():
                 llama = LlamaModel(path, context=room, threads=torch.get_num_threads())
                 llamas[name] = stack.enter_context(llama)
             if artefacts.lora:
@@ -132,8 +137,9 @@ def _parity(
 ) -> dict[str, Divergence]:
     """Logits of every baked form against its hooked base, all in float32.
 
-    A GGUF's hooked base has the logits of the base GGUF, moved by what the hooks move
-    in the checkpoint: exact to first order in the quantisation of the base.
+    A GGUF's hooked base has the logits of the base GGUF with the edits in full, where there is
+    such a file, and else of the base GGUF, moved by what the hooks move in the checkpoint: exact
+    to first order in the quantisation of the base.
     """
     found: dict[str, Divergence] = {}
     single = LiveModel.load(artefacts.base, model.arch, torch.float32)
@@ -152,11 +158,14 @@ def _parity(
             if llamas:
                 # What the hooks change, laid on the base GGUF: its quantisation is not the bake's.
                 plain = _llama_logits(llamas["base"], batch)
+                wanted = plain + hooked - base
+                if "exact" in llamas:
+                    wanted = _llama_logits(llamas["exact"], batch)
                 for name, runtime in (("baked", "llama.cpp"), ("lora", LORA)):
                     if name in llamas:
                         total = found.setdefault(runtime, Divergence())
                         now = _llama_logits(llamas[name], batch)
-                        total.add(plain, plain + hooked - base, now)
+                        total.add(plain, wanted, now)
             update(len(batch.rows))
     if llamas:
         _control_vector(found, llamas, interventions, compared)

@@ -1,7 +1,9 @@
 """From a recipe to a published folder: plan, fit, write, verify, judge, publish."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,16 +20,19 @@ from bake.edits import Edit
 from bake.errors import GuardError, VerificationError
 from bake.evidence import Evidence
 from bake.export.adapter import check_adapter, write_gguf_lora, write_peft
-from bake.export.gguf import PatchedTensor
+from bake.export.conversion import TEXT, Reference, Road, survivals
+from bake.export.converter import find_converter
+from bake.export.gguf import PatchedTensor, patch
 from bake.export.inputs import input_moments
-from bake.export.layout import patch_gguf
+from bake.export.layout import gguf_edits, patch_gguf
 from bake.export.ollama import parameters, write_ollama
 from bake.export.provenance import provenance, write_parity
-from bake.export.requantise import LEAST_SHARE, MOST_NOISE, MOST_NOISE_SAME, EditedType
+from bake.export.requantise import F32, LEAST_SHARE, MOST_NOISE, MOST_NOISE_SAME, EditedType
 from bake.export.same_model import check_same_model
 from bake.fit.kept import write_kept
 from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile, part_names
+from bake.imatrix import read_importance
 from bake.judge import Judge
 from bake.judge.choice import find_judge
 from bake.manifest import NAME, file_hash, versions, write_manifest
@@ -144,12 +149,14 @@ def bake(
     *,
     overwrite: bool = False,
     planned: SavedPlan | None = None,
+    llama_cpp: Path | None = None,
     show: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Run a recipe to its end and return the output folder, which appears only then.
 
-    `planned` is a saved plan that must be the recipe's still. `show` receives the table of
-    results, also when the guard then refuses them.
+    `planned` is a saved plan that must be the recipe's still, `llama_cpp` the tree whose
+    converter is taken (`find_converter`). `show` receives the table of results, also when the
+    guard then refuses them.
     Raises a BakeError of the kind that says what failed: the input, the guard or
     the verification. Nothing is left behind then.
     """
@@ -161,18 +168,28 @@ def bake(
         planned.check(saved_form(loaded, ready))
     if ready.gguf:
         check_same_model(ready.gguf, ready.base, ready.arch)
+    road = _road(ready, llama_cpp)
     judge = find_judge(recipe.judge)
-    with staged(recipe.folder, overwrite) as staging:
+    with staged(recipe.folder, overwrite) as staging, _aside(staging) as aside:
         model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
+        reference = None
+        if road:
+            texts = [one.text for one in ready.texts.fit]
+            reference = road.reference(ready.base.folder, model, texts, aside)
         fitted = _fit(ready, model, judge)
-        written = _write(loaded, ready, model, fitted, staging)
+        edits = _edits(ready, fitted)
+        written = _write(loaded, ready, model, fitted, edits, staging)
+        if road and reference:
+            written = _convert(loaded, ready, road, reference, edits, written, staging, aside)
+        base_gguf = reference.file if reference else ready.gguf
         artefacts = Artefacts(
             ready.base.folder,
             staging if recipe.export.safetensors else None,
-            ready.gguf.path if ready.gguf else None,
+            base_gguf.path if base_gguf else None,
             staging / written.gguf if written.gguf else None,
             staging / written.lora if written.lora else None,
             tuple(ready.arch.gguf_name(ready.plan.name(edit.tensor)) for edit in ready.plan.edits),
+            written.exact,
         )
         prompts = ready.part("test", recipe.evaluate.limit)
         measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)
@@ -196,7 +213,8 @@ class _Written:
     """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors.
 
     `said` are the keys of its metadata that say where it comes from, `lora` is the name of the
-    LoRA for llama.cpp.
+    LoRA for llama.cpp, `conversion` what the manifest says of one, and `exact` the file of
+    unedited weights of its type with the edits in full.
     """
 
     residuals: Mapping[str, float]
@@ -204,6 +222,8 @@ class _Written:
     patched: tuple[PatchedTensor, ...]
     said: tuple[str, ...] = ()
     lora: str | None = None
+    conversion: Mapping[str, object] | None = None
+    exact: Path | None = None
 
 
 def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
@@ -222,30 +242,32 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
         )
 
 
-def _write(
-    loaded: LoadedRecipe, ready: Prepared, model: LiveModel, fitted: Fitted, staging: Path
-) -> _Written:
-    """Write both formats and read them back: what was not touched must be as it was."""
-    plan = ready.plan
+def _edits(ready: Prepared, fitted: Fitted) -> dict[str, list[Edit]]:
+    """The edits by tensor, which are those of the plan."""
     edits: dict[str, list[Edit]] = {}
     for one in fitted.interventions:
         for edit in one.edits():
             edits.setdefault(edit.tensor, []).append(edit)
-    if set(edits) != {edit.tensor for edit in plan.edits}:
+    if set(edits) != {edit.tensor for edit in ready.plan.edits}:
         raise VerificationError("the fit made other edits than the plan; this is a bug of bake")
+    return edits
+
+
+def _write(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    model: LiveModel,
+    fitted: Fitted,
+    edits: Mapping[str, Sequence[Edit]],
+    staging: Path,
+) -> _Written:
+    """Write the checkpoint and what is made of the base; read it back: the rest is as it was."""
     residuals: dict[str, float] = {}
     if ready.recipe.export.safetensors:
-        size = sum(info.stop - info.start for info in ready.base.tensors.values())
-        with progress("safetensors", size) as update:
-            write_checkpoint(
-                *(ready.base, edits, plan.created, plan.config, staging, update),
-                renamed=plan.renamed,
-            )
-        residuals = check_files(
-            ready.base, Checkpoint.open(staging), edits, plan.created, plan.renamed
-        )
+        residuals = _write_safetensors(ready, edits, staging)
     _write_vectors(ready, fitted, edits, staging)
-    if ready.gguf is None or ready.recipe.export.gguf is None:
+    export = ready.recipe.export.gguf
+    if ready.gguf is None or export is None or export.convert:
         return _Written(residuals, None, ())
     output = staging / f"{ready.recipe.name}.gguf"
     inputs = _inputs(ready, model, ready.gguf, fitted, edits)
@@ -258,6 +280,98 @@ def _write(
     lora = staging / f"{ready.recipe.name}.lora.gguf"
     write_gguf_lora(edits, ready.gguf, ready.arch, ready.base.config, ready.recipe.name, lora)
     return _Written(residuals, name, patched, tuple(said), lora.name)
+
+
+def _write_safetensors(
+    ready: Prepared, edits: Mapping[str, Sequence[Edit]], folder: Path
+) -> dict[str, float]:
+    plan, base = ready.plan, ready.base
+    size = sum(info.stop - info.start for info in base.tensors.values())
+    with progress("safetensors", size) as update:
+        write_checkpoint(
+            *(base, edits, plan.created, plan.config, folder, update), renamed=plan.renamed
+        )
+    return check_files(base, Checkpoint.open(folder), edits, plan.created, plan.renamed)
+
+
+def _road(ready: Prepared, llama_cpp: Path | None) -> Road | None:
+    """How the recipe converts, if it does; what can be refused before a model is loaded is."""
+    export = ready.recipe.export.gguf
+    if export is None or export.convert is None:
+        return None
+    given = export.convert.imatrix
+    if given not in (None, TEXT):
+        read_importance(Path(str(given)))
+    return Road.of(
+        *(find_converter(llama_cpp), export.convert, ready.base, ready.recipe.name),
+        mix=ready.gguf,
+        edited=_edited_matrices(ready),
+        edited_type=export.named_type,
+    )
+
+
+def _edited_matrices(ready: Prepared) -> list[str]:
+    """The base's matrices that the plan edits, as a GGUF names them."""
+    names = [edit.tensor for edit in ready.plan.edits if len(edit.shape) > 1]
+    return sorted({ready.arch.gguf_name(name) for name in names if name in ready.base.tensors})
+
+
+@contextmanager
+def _aside(staging: Path) -> Iterator[Path]:
+    """A folder on the output's disk for files of the model that are not published."""
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as folder:
+        yield Path(folder)
+
+
+def _convert(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    road: Road,
+    reference: Reference,
+    edits: Mapping[str, Sequence[Edit]],
+    written: _Written,
+    staging: Path,
+    aside: Path,
+) -> _Written:
+    """Convert what was baked, say where it comes from, and measure every edited matrix."""
+    folder, output = staging, staging / f"{ready.recipe.name}.gguf"
+    plan, arch, config = ready.plan, ready.arch, ready.base.config
+    if not ready.recipe.export.safetensors:
+        folder = aside / "baked"
+        folder.mkdir()
+        written = replace(written, residuals=_write_safetensors(ready, edits, folder))
+    patched = aside / "patched.gguf"
+    patch_gguf(plan, arch, config, reference.full, edits, patched, edited_type=F32)
+    whole, made = GGUFFile.open(patched), aside / "converted.gguf"
+    made_file = road.baked(folder, made, reference, plan, arch, whole, aside)
+    patched.unlink()
+    said = provenance(made_file, loaded, None)
+    patch(made_file, {}, output, edited_type=F32, pairs=said)
+    made.unlink()
+    file = GGUFFile.open(output)
+    if reference.file is not reference.full:
+        # The hooked model in llama.cpp: the edits in full on the reference's own weights.
+        patch_gguf(plan, arch, config, reference.file, edits, patched, edited_type=F32)
+    moved = gguf_edits(edits, arch, config)
+    renamed = plan.insertion.of_gguf().renamed(reference.full.tensors)
+    measured = survivals(reference, file, moved, renamed)
+    _check_survival(measured, output.name, "set export.gguf.convert to a larger type")
+    if road.asked.imatrix == TEXT and reference.importance:
+        road.save_importance(reference.importance.renamed(renamed), staging)
+    conversion = {
+        **road.asked.model_dump(),
+        "outtype": road.outtype,
+        "apart": reference.apart,
+    }
+    exact = patched if patched.exists() else None
+    return replace(
+        written,
+        gguf=output.name,
+        patched=measured,
+        said=tuple(said),
+        conversion=conversion,
+        exact=exact,
+    )
 
 
 def _write_vectors(
@@ -316,13 +430,17 @@ def _patch(
             provenance=said,
             progress=update,
         )
-    for one in patched:
+    _check_survival(patched, output.name, "set export.gguf.edited_type to auto")
+    return patched
+
+
+def _check_survival(measured: Sequence[PatchedTensor], file: str, remedy: str) -> None:
+    for one in measured:
         if one.surviving_share < SURVIVING:
             raise VerificationError(
-                f"{output.name}: {one.name}: {one.surviving_share:.0%} of the edit survives in "
-                f"{one.written_type.name}; set export.gguf.edited_type to auto"
+                f"{file}: {one.name}: {one.surviving_share:.0%} of the edit survives in "
+                f"{one.written_type.name}; {remedy}"
             )
-    return patched
 
 
 def _record(
@@ -348,6 +466,9 @@ def _record(
     inputs = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
     if ready.gguf:
         inputs += [part.path for part in ready.gguf.files]
+    export = recipe.export.gguf
+    if export and export.convert and export.convert.imatrix not in (None, TEXT):
+        inputs.append(Path(str(export.convert.imatrix)))
     content: dict[str, object] = {
         "format": 1,
         "name": recipe.name,
@@ -398,6 +519,7 @@ def _record(
             }
             for one in written.patched
         ],
+        "conversion": written.conversion,
         "gguf_bounds": {
             "auto": {"surviving_share": LEAST_SHARE, "noise": MOST_NOISE},
             "same": {"noise": MOST_NOISE_SAME},

@@ -46,6 +46,7 @@ def near(word: str, choices: Sequence[str]) -> str:
 
 _KINDS = {
     "bool_type": "true or false",
+    "dict_type": "a mapping",
     "float_type": "a number",
     "int_from_float": "a whole number",
     "int_type": "a whole number",

@@ -15,12 +15,14 @@ from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
 from bake.recipe_values import (
     BY_GRADIENT,
+    FLOATS,
     SEVERAL,
     Answering,
     Basis,
     Commit,
     Count,
     Estimator,
+    FileType,
     Language,
     Layer,
     Layers,
@@ -31,6 +33,7 @@ from bake.recipe_values import (
     SetName,
     Sites,
     Strength,
+    TensorType,
     Text,
     Url,
     Variable,
@@ -41,6 +44,7 @@ __all__ = [
     "Ablate",
     "Add",
     "Answers",
+    "Conversion",
     "Evaluation",
     "Export",
     "Fit",
@@ -451,17 +455,113 @@ EditedTypeName = Literal[
 ]
 
 
-class GGUFExport(_Section):
-    """A GGUF file, written by patching one of the same model."""
+class Conversion(_Section):
+    """A GGUF of the baked checkpoint by llama.cpp's converter; a bare type stands for it.
 
-    base: Text = Field(
-        default="demo", description="`demo`, or the path of a GGUF of the same model."
+    The keys are the options of llama-quantize.
+    """
+
+    type: FileType = Field(
+        description="The type of the file, as llama-quantize names it, or `base`: every matrix in "
+        "the type that it has in export.gguf.base."
+    )
+    imatrix: Text | None = Field(
+        default=None,
+        description="The file of an importance matrix (.gguf or .dat), or `text`: one is computed "
+        "on prompts.text.",
+    )
+    tensor_types: dict[Text, TensorType] = Field(
+        default={},
+        description="Types of single matrices, by a regular expression of their GGUF names; the "
+        "first that is found counts.",
+    )
+    output_tensor_type: TensorType | None = Field(
+        default=None, description="The type of output.weight, or of tied embeddings."
+    )
+    token_embedding_type: TensorType | None = Field(
+        default=None, description="The type of the token embedding."
+    )
+    pure: bool = Field(
+        default=False, description="Whether all matrices get the one type, without a mix."
+    )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the converter writes the type itself."""
+        return self.type in FLOATS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _used(self) -> "Conversion":
+        findings: list[tuple[tuple[str | int, ...], str]] = []
+        for name in ("imatrix", *_TYPED, "pure"):
+            if getattr(self, name) and self.is_float:
+                findings.append(((name,), f"{self.type} is not quantised; leave it out"))
+            elif getattr(self, name) and self.type == "base" and name != "imatrix":
+                findings.append(((name,), "type: base has the type of every matrix; leave it out"))
+        if findings:
+            raise ContradictionError(findings)
+        return self
+
+
+_TYPED = ("tensor_types", "output_tensor_type", "token_embedding_type")
+
+
+class GGUFExport(_Section):
+    """A GGUF file, written by patching one of the same model, or by converting the checkpoint."""
+
+    base: Text | None = Field(
+        default="demo",
+        description="`demo`, or the path of a GGUF of the same model, which is patched; null "
+        "under `convert`, but for its `type: base`.",
+    )
+    convert: Conversion | None = Field(
+        default=None, description="The type to convert the baked checkpoint to, or null to patch."
     )
     edited_type: EditedTypeName = Field(
         default="q8_0",
         description="The type of the edited matrices; the others keep theirs. `auto` is the "
-        "smallest that keeps the edit, `same` the base's own or a refusal.",
+        "smallest that keeps the edit, `same` the base's own or a refusal. Under `convert` what "
+        "the type has for them, unless one is named.",
     )
+
+    @property
+    def named_type(self) -> str | None:
+        """The type of edited matrices where the recipe names one."""
+        return self.edited_type if "edited_type" in self.model_fields_set else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_base(cls, value: object) -> object:
+        """Nothing is patched where the checkpoint is converted."""
+        if isinstance(value, dict) and value.get("convert") is not None:
+            return {"base": None, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _one_road(self) -> "GGUFExport":
+        findings: list[tuple[tuple[str | int, ...], str]] = []
+        mix = self.convert is not None and self.convert.type == "base"
+        if self.convert is None and self.base is None:
+            findings.append((("base",), "nothing to patch; give a GGUF, or export.gguf.convert"))
+        if mix and self.base is None:
+            findings.append((("base",), "convert.type is base; give the GGUF whose types it takes"))
+        if self.convert and not mix and self.base is not None:
+            message = "is patched, and convert takes the checkpoint; leave one of them out"
+            findings.append((("base",), message))
+        if self.convert and self.named_type in ("auto", "same"):
+            message = f"{self.edited_type} is of patched files; under convert name a type"
+            findings.append((("edited_type",), message))
+        elif self.convert and self.named_type and self.convert.is_float:
+            message = f"convert.type is {self.convert.type}, for all matrices; leave it out"
+            findings.append((("edited_type",), message))
+        if findings:
+            raise ContradictionError(findings)
+        return self
 
 
 class Export(_Section):
@@ -679,8 +779,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
     fit, export = recipe.fit, recipe.export
     if not export.safetensors and export.gguf is None:
         yield ("export",), "nothing is exported; set safetensors: true or give a gguf"
-    if "gguf" in export.adapters and export.gguf is None:
-        yield ("export", "adapters"), "a LoRA for llama.cpp is of a GGUF; give export.gguf"
+    if "gguf" in export.adapters and (export.gguf is None or export.gguf.convert):
+        message = "a LoRA for llama.cpp is of a GGUF; give it as export.gguf.base"
+        yield ("export", "adapters"), message
     kept = (one.op == "ablate" and "norm-preserving" in one.variant for one in recipe.edits)
     if export.adapters and any(kept):
         message = "a norm-preserving ablation is of full rank, and a LoRA is not; leave one out"

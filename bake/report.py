@@ -44,7 +44,8 @@ def serve_lines(recipe: Recipe, folder: Path) -> str:
     if not recipe.export.safetensors:
         by_runtime.clear()
     if recipe.export.gguf:
-        parts = parts_named(Path(recipe.export.gguf.base))
+        given = recipe.export.gguf
+        parts = 1 if given.convert or not given.base else parts_named(Path(given.base))
         gguf = part_names(folder / f"{recipe.name}.gguf", parts)[0]
         by_runtime["llama.cpp"] = f"llama-server -m {gguf} --jinja"
         by_runtime["ollama"] = (

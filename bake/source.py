@@ -14,7 +14,7 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "L
 
 @dataclass(frozen=True)
 class Source:
-    """The base checkpoint's folder, and the base GGUF when the recipe exports one."""
+    """The base checkpoint's folder, and the base GGUF where the recipe has one."""
 
     folder: Path
     gguf: Path | None
@@ -50,11 +50,11 @@ def find_source(recipe: Recipe) -> Source:
     """
     from bake.demo import materialise
 
-    wants_demo_gguf = recipe.export.gguf is not None and recipe.export.gguf.base == "demo"
     folder = materialise().model if recipe.model == "demo" else _folder(recipe)
-    if recipe.export.gguf is None:
+    base = recipe.export.gguf.base if recipe.export.gguf else None
+    if base is None:
         return Source(folder, None)
-    if wants_demo_gguf:
+    if base == "demo":
         if recipe.model != "demo":
             raise GGUFError(
                 "export.gguf.base: demo is the demo's GGUF, but the model is "
@@ -63,7 +63,7 @@ def find_source(recipe: Recipe) -> Source:
                 "--set evaluate.runtimes=[transformers]"
             )
         return Source(folder, materialise().gguf)
-    gguf = Path(recipe.export.gguf.base)
+    gguf = Path(base)
     if not gguf.is_file():
         raise GGUFError(f"{gguf}: no such file; export.gguf.base takes a GGUF of the same model")
     return Source(folder, gguf)
