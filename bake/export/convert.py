@@ -128,7 +128,8 @@ def _dropped(key: str, config: Mapping[str, Any]) -> Any:
         "n_ctx": config.get("n_positions", config.get("max_position_embeddings")),
         "head_dim": width // heads if width and heads else None,
     }
-    return config.get(key, known.get(key))
+    found = config.get(key)
+    return known.get(key) if found is None else found
 
 
 def _explained(folder: Path, words: str) -> str:
@@ -155,7 +156,9 @@ def _explained(folder: Path, words: str) -> str:
             "transformers 5 may have dropped; take config.json from the model's first repository, "
             f"or {_REMEDY}"
         )
-    return f"{folder}: llama.cpp's converter ({SCRIPT}) failed: {last}; {_REMEDY}"
+    places = re.findall(r'File ".*?([^/\\"]+)", line (\d+), in \w+\n +(.+)', words)
+    place = " ({}, line {}: {})".format(*places[-1]) if places and ":" not in last else ""
+    return f"{folder}: llama.cpp's converter ({SCRIPT}) failed: {last}{place}; {_REMEDY}"
 
 
 def _last(words: str) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -188,8 +189,9 @@ def _run(request: Mapping[str, object], progress: Callable[[int], None]) -> str 
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request))
-            process.stdin.close()
+            # A process that died at once has its reason on stderr.
+            with suppress(BrokenPipeError), process.stdin as stream:
+                stream.write(json.dumps(request))
             for count in _steps(process.stdout):
                 progress(count)
             code = process.wait()
