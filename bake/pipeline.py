@@ -171,11 +171,8 @@ def bake(
     road = _road(ready, llama_cpp)
     judge = find_judge(recipe.judge)
     with staged(recipe.folder, overwrite) as staging, _aside(staging) as aside:
+        reference = _reference(ready, road, aside) if road else None
         model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
-        reference = None
-        if road:
-            texts = [one.text for one in ready.texts.fit]
-            reference = road.reference(ready.base.folder, model, texts, aside)
         fitted = _fit(ready, model, judge)
         edits = _edits(ready, fitted)
         written = _write(loaded, ready, model, fitted, edits, staging)
@@ -314,6 +311,13 @@ def _edited_matrices(ready: Prepared) -> list[str]:
     """The base's matrices that the plan edits, as a GGUF names them."""
     names = [edit.tensor for edit in ready.plan.edits if len(edit.shape) > 1]
     return sorted({ready.arch.gguf_name(name) for name in names if name in ready.base.tensors})
+
+
+def _reference(ready: Prepared, road: Road, aside: Path) -> Reference:
+    """The base through the converter: what that refuses is refused before anything is fitted."""
+    texts = [one.text for one in ready.texts.fit]
+    model = LiveModel.load(ready.base.folder, ready.arch, torch.float32)
+    return road.reference(ready.base.folder, model, texts, aside)
 
 
 @contextmanager

@@ -4,12 +4,14 @@ Tests that run the converter are slow; it is that of BAKE_LLAMA_CPP, or fetched 
 """
 
 import json
+import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 
+from bake.checkpoint import Checkpoint
 from bake.errors import ConverterError, RecipeError
 from bake.export.convert import _dropped, _explained, _lacking, _view
 from bake.export.converter import VARIABLE, _extract, find_converter
@@ -117,20 +119,23 @@ def test_hostile_archives_are_refused(tmp_path: Path, member: tuple[str, str]) -
         _extract(tmp_path / "text.tar.gz", tmp_path / "tree")
 
 
-def test_the_view_has_no_code_and_one_template(tmp_path: Path) -> None:
+def test_the_view_has_no_code_and_one_template(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    folder.mkdir()
+    shutil.copytree(tiny_llama, folder)
     content = {"chat_template": "old", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(content))
-    for name in ("config.json", "modeling_x.py", ".hidden"):
+    (folder / "chat_template.jinja").unlink()
+    for name in ("modeling_x.py", ".hidden", "other.safetensors", "pytorch_model.bin"):
         (folder / name).write_text("{}")
-    _view(folder, tmp_path / "one", "---\nlicense: mit\n---\n")
+    _view(Checkpoint.open(folder), tmp_path / "one", "---\nlicense: mit\n---\n")
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    assert names == {"config.json", "tokenizer_config.json", "README.md"}
+    assert names == {path.name for path in tiny_llama.iterdir()} - {"chat_template.jinja"} | {
+        "README.md"
+    }
     assert json.loads((tmp_path / "one/tokenizer_config.json").read_text()) == content
     (folder / "chat_template.jinja").write_text("new")
     (folder / "README.md").write_text("mine")
-    _view(folder, tmp_path / "two", "other")
+    _view(Checkpoint.open(folder), tmp_path / "two", "other")
     assert json.loads((tmp_path / "two/tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
     assert (tmp_path / "two/README.md").read_text() == "mine"
     assert json.loads((folder / "tokenizer_config.json").read_text()) == content

@@ -117,7 +117,9 @@ class Road:
     def reference(
         self, folder: Path, model: LiveModel, texts: Sequence[str], aside: Path
     ) -> Reference:
-        """Convert the unedited checkpoint into the folder `aside`, and compare it with the model.
+        """Convert the unedited checkpoint into the folder `aside`, and compare it with `model`.
+
+        That one is the checkpoint's in float32: in bfloat16 rounding would be most of what is seen.
 
         Raises as `convert`, `check_same_logits`, `read_importance` and `quantise` do.
         """
@@ -247,7 +249,7 @@ def convert_to_file(
         staged_file(output, overwrite) as staging,
         tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as aside,
     ):
-        model = LiveModel.load(folder, arch)
+        model = LiveModel.load(folder, arch, torch.float32)
         made = road.reference(folder, model, texts, Path(aside))
         apart = f"{made.apart:.2%} in {road.outtype}"
         if made.file is not made.full:

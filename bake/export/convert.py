@@ -2,7 +2,8 @@
 
 The converter reads a view of the folder: links to its files, but for what would make the GGUF
 another model than the checkpoint (`_view`). Its numbers are its own: for what it converts by
-itself, the bytes are those of `convert_hf_to_gguf.py FOLDER`.
+itself, the bytes are those of `convert_hf_to_gguf.py FOLDER`. Keys of config.json that
+transformers 5 hides from it are given only when it has stopped for want of them.
 """
 
 import json
@@ -15,27 +16,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from bake.checkpoint import Checkpoint
 from bake.errors import ConverterError, VerificationError
 from bake.export.converter import SCRIPT
 from bake.gguf_file import GGUFFile
 
 __all__ = ["convert"]
 
-# Only the keys that the configuration does not have are added, and only after it failed.
 _RUN: Final = """
 import json, runpy, sys
-tree, missing = sys.argv[1:3]
+tree, told = sys.argv[1], json.loads(sys.argv[2])
 del sys.argv[1:3]
 sys.path.insert(0, tree)
-if json.loads(missing):
-    from conversion import ModelBase
+from conversion import ModelBase
+ModelBase.no_mtp = not told["mtp"]
+if told["missing"]:
     load = ModelBase.load_hparams
-    ModelBase.load_hparams = staticmethod(lambda *given: {**json.loads(missing), **load(*given)})
+    ModelBase.load_hparams = staticmethod(lambda *given: {**told["missing"], **load(*given)})
 sys.argv[0] = f"{tree}/convert_hf_to_gguf.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+_PREDICTING: Final = re.compile(r"(^|\.)mtp\.|\.(eh_proj|enorm|hnorm|shared_head)\.")
+"""Tensors of blocks that predict further tokens (gguf-py's tensor_mapping.py, `NEXTN_*`)."""
 _REMEDY: Final = "leave out export.gguf, or patch a GGUF of this model with export.gguf.base"
-_TRIES: Final = 8
 
 
 def convert(
@@ -48,50 +51,59 @@ def convert(
     converter's last words, and VerificationError when the chat template in the file is not
     the tokenizer's.
     """
+    base = Checkpoint.open(folder)
+    predicting = any(_PREDICTING.search(one) for one in base.tensors)
+    missing: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".view-") as temporary:
         view = Path(temporary, name)
-        _view(folder, view, card)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        missing: dict[str, Any] = {}
-        for _ in range(_TRIES):
-            words = _run(tree, view, output, outtype, missing)
-            if words is None:
-                break
+        _view(base, view, card)
+        while words := _run(tree, view, output, outtype, {"missing": missing, "mtp": predicting}):
+            output.unlink(missing_ok=True)
             key = _lacking(words)
-            if key is None or key in missing or (value := _dropped(key, config)) is None:
-                output.unlink(missing_ok=True)
+            value = None if key is None or key in missing else _dropped(key, base.config)
+            if key is None or value is None:
                 raise ConverterError(_explained(folder, words))
             missing[key] = value
+            _write(view / "config.json", {**base.config, **missing})
     _check_template(folder, output)
 
 
-def _view(folder: Path, view: Path, card: str) -> None:
+def _view(base: Checkpoint, view: Path, card: str) -> None:
     """A folder of links to a checkpoint's files, as the converter should see them.
 
-    Code is left out: the converter would run it. Where the chat template is in a file of its
-    own, the one in tokenizer_config.json goes: transformers takes the file's, the converter the
-    other.
+    Other weights are left out, and so is code: the converter would run it. Where the chat
+    template is in a file of its own, the one in tokenizer_config.json goes: transformers takes
+    the file's, the converter the other.
     """
     view.mkdir()
-    names = {path.name for path in folder.iterdir()}
-    for path in folder.iterdir():
-        if path.suffix != ".py" and not path.name.startswith("."):
+    shards = (shard.file for shard in base.shards)
+    templates = base.folder / "additional_chat_templates"
+    for path in (*shards, *base.sidecars(), *([templates] if templates.is_dir() else [])):
+        if path.suffix != ".py":
             (view / path.name).symlink_to(path.resolve())
-    if card and "README.md" not in names:
+    if card and not (view / "README.md").exists():
         (view / "README.md").write_text(card, encoding="utf-8")
     tokenizer = view / "tokenizer_config.json"
-    if tokenizer.name in names and names & {"chat_template.jinja", "chat_template.json"}:
+    own = any((view / f"chat_template.{kind}").exists() for kind in ("jinja", "json"))
+    if own and tokenizer.exists():
         content = json.loads(tokenizer.read_text(encoding="utf-8"))
         if content.pop("chat_template", None) is not None:
-            tokenizer.unlink()
-            tokenizer.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            _write(tokenizer, content)
 
 
-def _run(
-    tree: Path, view: Path, output: Path, outtype: str, missing: Mapping[str, Any]
-) -> str | None:
-    """Run the converter; what it said on stderr where it failed."""
-    command = [sys.executable, "-P", "-c", _RUN, str(tree.resolve()), json.dumps(missing)]
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in the place of a link."""
+    path.unlink()
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _run(tree: Path, view: Path, output: Path, outtype: str, told: Mapping[str, Any]) -> str | None:
+    """Run the converter; what it said on stderr where it failed.
+
+    `missing` are keys that its configuration gets where it has none, and without `mtp` it looks
+    for no blocks that predict further tokens: a config.json may count some that are not there.
+    """
+    command = [sys.executable, "-P", "-c", _RUN, str(tree.resolve()), json.dumps(told)]
     command += [str(view), "--outfile", str(output), "--outtype", outtype]
     # The tree's own gguf-py; nothing is looked up on the Hub for a folder that is all there.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -117,7 +129,7 @@ def _dropped(key: str, config: Mapping[str, Any]) -> Any:
     It moves what rotary embeddings have into `rope_parameters`, and leaves out what follows
     from other keys.
     """
-    config = {**config, **config.get("text_config", {})}
+    config = {**config, **(config.get("text_config") or {})}
     rope = config.get("rope_parameters") or {}
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")
     known = {
