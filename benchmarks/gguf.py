@@ -1,6 +1,6 @@
 """Patched GGUFs: parity by type of the base and of the edited tensors, and speed.
 
-    python -m benchmarks.gguf bias|lost|disk [--folder DIR] [--gib N]
+    python -m benchmarks.gguf bias|lost|converted|disk [--folder DIR] [--gib N]
 
 `bias` quantises SmolLM2 to each type with llama.cpp, adds a vector behind a block by a bias, and
 compares with the base under llama.cpp's own control vector: max |Δ logit|, and on how many
@@ -10,7 +10,11 @@ where the text is read token by token.
 `lost` fits political-open's gates on the demo, and ablates the same directions from the same
 blocks, patches GGUFs of several types with them, and prints the lost share
 KL(hooked‖baked) / KL(hooked‖base), where hooked is the base GGUF moved by what the hooks move
-in the checkpoint. What is fitted is kept in the folder for the next time.
+in the checkpoint. What is fitted is kept in the folder for the next time. *Rounding* is the
+same share with the base GGUF under the edits in float32 as hooked: what the written type costs.
+
+`converted` prints the same of the edited checkpoint, converted by llama.cpp and quantised anew,
+against the unedited one on the same road.
 
 `disk` patches a synthetic Q4_K_M file of N GiB: its time beside that of `cp`, and the memory.
 """
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,18 +42,27 @@ from bake.demo.base import base_gguf
 from bake.directions import save_directions
 from bake.edits import AddVector, CreatedTensor, Edit, LowRank, RemoveSubspace
 from bake.errors import VerificationError
+from bake.export.conversion import Reference, survivals
+from bake.export.convert import convert
+from bake.export.converter import find_converter
 from bake.export.gguf import patch
+from bake.export.importance import collect_importance
 from bake.export.inputs import input_moments
-from bake.export.layout import patch_gguf
+from bake.export.layout import gguf_edits, patch_gguf
+from bake.export.quantise import Quantisation
+from bake.export.quantise import quantise as quantised_anew
 from bake.fit.run import fit
 from bake.ggml import quantised
 from bake.gguf_file import GGUFFile
 from bake.hooks import Intervention, steered
+from bake.imatrix import read_importance, write_importance
 from bake.judge.choice import find_judge
 from bake.llama import LlamaModel, _backend_log
 from bake.model import LiveModel
-from bake.pipeline import prepare
+from bake.pipeline import Prepared, prepare
+from bake.plan import Plan
 from bake.recipe import load_recipe
+from bake.stream import write_checkpoint
 from bake.verify import Divergence
 
 Kind = GGMLQuantizationType
@@ -78,10 +91,11 @@ PROMPTS, SEQUENCES, ANSWER = 40, 16, 16
 def main() -> None:
     """Measure and print."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("what", choices=("bias", "lost", "disk"))
+    arguments.add_argument("what", choices=("bias", "lost", "converted", "disk"))
     arguments.add_argument("--folder", type=Path)
     arguments.add_argument("--gib", type=float, default=4.0)
     arguments.add_argument("--base", choices=tuple(CASES), action="append")
+    arguments.add_argument("--type", choices=("auto", "q8_0", "f16", "same"), action="append")
     chosen = arguments.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as temporary:
@@ -90,7 +104,9 @@ def main() -> None:
         if chosen.what == "bias":
             bias(folder)
         elif chosen.what == "lost":
-            lost(folder, chosen.base or tuple(CASES))
+            lost(folder, chosen.base or tuple(CASES), chosen.type)
+        elif chosen.what == "converted":
+            converted(folder, chosen.base or tuple(CASES))
         else:
             disk(folder, chosen.gib)
 
@@ -184,8 +200,118 @@ class Steering:
         return found
 
 
-def lost(folder: Path, bases: Sequence[str]) -> None:
+def lost(folder: Path, bases: Sequence[str], types: Sequence[str] | None) -> None:
     """Lost shares of gate and ablation by type."""
+    for what, ready, steering, plan, model, prompts in steerings(folder):
+        for name in bases:
+            base = GGUFFile.open(quantise(materialise().gguf, name, folder))
+            plain = logits(base.path, steering.sequences)
+            exact = exactly(ready, plan, base, steering, folder)
+            inputs = input_moments(
+                *(model, steering.interventions, base, ready.base.config, steering.edits, prompts)
+            )
+            for kind in types or CASES[name]:
+                output = folder / "patched.gguf"
+                output.unlink(missing_ok=True)
+                began = time.perf_counter()
+                try:
+                    reports = patch_gguf(
+                        *(plan, ready.arch, ready.base.config, base, steering.edits, output),
+                        edited_type=kind if kind in ("auto", "same") else Kind[kind.upper()],
+                        inputs=inputs,
+                    )
+                except VerificationError as error:
+                    print(f"{what} | {name} | {kind} | refused: {str(error).partition(': ')[2]}")
+                    continue
+                seconds = time.perf_counter() - began
+                found = logits(output, steering.sequences)
+                types_written = Counter(
+                    one.written_type.name + " with feedback" * one.feedback for one in reports
+                )
+                noise = [one.noise for one in reports]
+                shown = ", ".join(f"{count} {kind}" for kind, count in types_written.most_common())
+                print(
+                    f"{what} | {name} | {kind} | {shown} | "
+                    f"{shares(plain, steering.moved, exact, found)} | "
+                    f"noise {min(noise):.3f} to {max(noise):.3f} | "
+                    f"share {min(one.surviving_share for one in reports):.3f} | "
+                    f"{output.stat().st_size / base.path.stat().st_size:.3f} of the size | "
+                    f"{seconds:.0f} s",
+                    flush=True,
+                )
+
+
+def converted(folder: Path, bases: Sequence[str]) -> None:
+    """The same of checkpoints that llama.cpp converts and quantises."""
+    tree = find_converter()
+    for what, ready, steering, plan, _, _ in steerings(folder):
+        full, edited = folder / "full.f32.gguf", folder / f"{what}.f32.gguf"
+        if not full.exists():
+            convert(tree, ready.base.folder, full, "f32", "demo")
+        if not edited.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as checkpoint:
+                write_checkpoint(ready.base, steering.edits, (), plan.config, Path(checkpoint))
+                convert(tree, Path(checkpoint), edited, "f32", "demo")
+        matrix = folder / "text.imatrix.gguf"
+        if not matrix.exists():
+            texts = [one.text for one in ready.texts.fit]
+            write_importance(collect_importance(full, texts, "text", 2), matrix)
+        reference = Reference(GGUFFile.open(full), GGUFFile.open(full), None, 0.0)
+        moved = gguf_edits(steering.edits, ready.arch, ready.base.config)
+        larger = tuple(("^" + name.replace(".", r"\.") + "$", Kind.Q8_0) for name in moved)
+        for name in bases:
+            for option in ("", "imatrix", "edited_type: q8_0"):
+                base, output = folder / "converted.base.gguf", folder / "converted.gguf"
+                asked = Quantisation(name.lower(), larger if "edited" in option else ())
+                importance = read_importance(matrix) if option == "imatrix" else None
+                began = time.perf_counter()
+                for source, target in ((full, base), (edited, output)):
+                    target.unlink(missing_ok=True)
+                    quantised_anew(GGUFFile.open(source), target, asked, 2, importance, "text")
+                seconds = (time.perf_counter() - began) / 2
+                plain = logits(base, steering.sequences)
+                exact = exactly(ready, plan, GGUFFile.open(base), steering, folder)
+                found = logits(output, steering.sequences)
+                reports = survivals(reference, GGUFFile.open(output), moved)
+                print(
+                    f"{what} | {name} | converted {option} | "
+                    f"{shares(plain, steering.moved, exact, found)} | "
+                    f"share {min(one.surviving_share for one in reports):.3f} to "
+                    f"{max(one.surviving_share for one in reports):.3f} | "
+                    f"{output.stat().st_size / 2**20:.0f} MiB | {seconds:.0f} s",
+                    flush=True,
+                )
+
+
+def exactly(
+    ready: Prepared, plan: Plan, base: GGUFFile, steering: "Steering", folder: Path
+) -> list[torch.Tensor]:
+    """The logits of a base GGUF with the edits in float32."""
+    output = folder / "exact.gguf"
+    output.unlink(missing_ok=True)
+    arguments = (plan, ready.arch, ready.base.config, base, steering.edits, output)
+    patch_gguf(*arguments, edited_type=Kind.F32)
+    return logits(output, steering.sequences)
+
+
+def shares(
+    plain: Sequence[torch.Tensor],
+    moved: Sequence[torch.Tensor],
+    exact: Sequence[torch.Tensor],
+    found: Sequence[torch.Tensor],
+) -> str:
+    """The lost share by either reference."""
+    lost, rounding = Divergence(), Divergence()
+    for one, change, wanted, other in zip(plain, moved, exact, found, strict=True):
+        lost.add(one, one + change, other)
+        rounding.add(one, wanted, other)
+    return f"lost {lost.lost_share:.2%} | rounding {rounding.lost_share:.2%}"
+
+
+def steerings(
+    folder: Path,
+) -> Iterator[tuple[str, Prepared, "Steering", Plan, LiveModel, list[list[int]]]]:
+    """Gate and ablation, fitted once, with what fits roundings to inputs."""
     gate = load_recipe(
         "political-open",
         overrides=(f"fit.prompts_per_class={PROMPTS}", f"edits.0.layers={BLOCKS}"),
@@ -219,43 +345,7 @@ def lost(folder: Path, bases: Sequence[str]) -> None:
                 save_directions(fitted.directions, directions)
             steering, plan = moved(model, fitted.interventions, asked[:SEQUENCES]), now.plan
             torch.save((steering, plan), kept)
-        for name in bases:
-            base = GGUFFile.open(quantise(materialise().gguf, name, folder))
-            plain = logits(base.path, steering.sequences)
-            inputs = input_moments(
-                *(model, steering.interventions, base, ready.base.config, steering.edits, prompts)
-            )
-            for kind in CASES[name]:
-                output = folder / "patched.gguf"
-                output.unlink(missing_ok=True)
-                began = time.perf_counter()
-                try:
-                    reports = patch_gguf(
-                        *(plan, ready.arch, ready.base.config, base, steering.edits, output),
-                        edited_type=kind if kind in ("auto", "same") else Kind[kind.upper()],
-                        inputs=inputs,
-                    )
-                except VerificationError as error:
-                    print(f"{what} | {name} | {kind} | refused: {str(error).partition(': ')[2]}")
-                    continue
-                seconds = time.perf_counter() - began
-                total = Divergence()
-                found = logits(output, steering.sequences)
-                for one, change, other in zip(plain, steering.moved, found, strict=True):
-                    total.add(one, one + change, other)
-                types = Counter(
-                    one.written_type.name + " with feedback" * one.feedback for one in reports
-                )
-                noise = [one.noise for one in reports]
-                shown = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
-                print(
-                    f"{what} | {name} | {kind} | {shown} | {total.lost_share:.2%} | "
-                    f"noise {min(noise):.3f} to {max(noise):.3f} | "
-                    f"share {min(one.surviving_share for one in reports):.3f} | "
-                    f"{output.stat().st_size / base.path.stat().st_size:.3f} of the size | "
-                    f"{seconds:.0f} s",
-                    flush=True,
-                )
+        yield what, ready, steering, plan, model, prompts
 
 
 def moved(
