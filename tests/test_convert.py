@@ -127,17 +127,13 @@ def test_the_view_has_no_code_and_one_template(tiny_llama: Path, tmp_path: Path)
     (folder / "chat_template.jinja").unlink()
     for name in ("modeling_x.py", ".hidden", "other.safetensors", "pytorch_model.bin"):
         (folder / name).write_text("{}")
-    _view(Checkpoint.open(folder), tmp_path / "one", "---\nlicense: mit\n---\n")
+    _view(Checkpoint.open(folder), tmp_path / "one")
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    assert names == {path.name for path in tiny_llama.iterdir()} - {"chat_template.jinja"} | {
-        "README.md"
-    }
+    assert names == {path.name for path in tiny_llama.iterdir()} - {"chat_template.jinja"}
     assert json.loads((tmp_path / "one/tokenizer_config.json").read_text()) == content
     (folder / "chat_template.jinja").write_text("new")
-    (folder / "README.md").write_text("mine")
-    _view(Checkpoint.open(folder), tmp_path / "two", "other")
+    _view(Checkpoint.open(folder), tmp_path / "two")
     assert json.loads((tmp_path / "two/tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
-    assert (tmp_path / "two/README.md").read_text() == "mine"
     assert json.loads((folder / "tokenizer_config.json").read_text()) == content
 
 

@@ -74,8 +74,8 @@ class Reference:
 class Road:
     """How checkpoints become GGUFs: the same way, whichever of them.
 
-    `tree` is llama.cpp's, `outtype` the converter's type in between, `name` and `card` are
-    what the metadata is made of, and `mix` is the file whose types `type: base` takes. The
+    `tree` is llama.cpp's, `outtype` the converter's type in between, `name` what the model is
+    called in the metadata, and `mix` the file whose types `type: base` takes. The
     matrices `edited`, by their names in the unedited file, are in `edited_type` if that is one.
     """
 
@@ -83,7 +83,6 @@ class Road:
     asked: Conversion
     outtype: str
     name: str
-    card: str = ""
     mix: GGUFFile | None = None
     edited: tuple[str, ...] = ()
     edited_type: GGMLQuantizationType | None = None
@@ -95,7 +94,6 @@ class Road:
         asked: Conversion,
         base: Checkpoint,
         name: str,
-        card: str = "",
         mix: GGUFFile | None = None,
         edited: Iterable[str] = (),
         edited_type: str | None = None,
@@ -106,7 +104,7 @@ class Road:
             outtype = Counter(_types(mix).values()).most_common(1)[0][0].name.lower()
             asked = Conversion(type=outtype)
         kind = _kind_or_none(edited_type)
-        return cls(tree, asked, outtype, name, card, mix, tuple(edited), kind)
+        return cls(tree, asked, outtype, name, mix, tuple(edited), kind)
 
     @property
     def importance_name(self) -> str:
@@ -167,7 +165,7 @@ class Road:
     def converted(self, folder: Path, output: Path) -> GGUFFile:
         """A checkpoint in floating point."""
         with progress(f"converting to {self.outtype}", 1) as update:
-            convert(self.tree, folder, output, self.outtype, self.name, self.card)
+            convert(self.tree, folder, output, self.outtype, self.name)
             update(1)
         return GGUFFile.open(output)
 

@@ -41,22 +41,19 @@ _PREDICTING: Final = re.compile(r"(^|\.)mtp\.|\.(eh_proj|enorm|hnorm|shared_head
 _REMEDY: Final = "leave out export.gguf, or patch a GGUF of this model with export.gguf.base"
 
 
-def convert(
-    tree: Path, folder: Path, output: Path, outtype: str, name: str, card: str = ""
-) -> None:
+def convert(tree: Path, folder: Path, output: Path, outtype: str, name: str) -> None:
     """Write the checkpoint in `folder` to the new file `output`, matrices in f32, f16 or bf16.
 
-    `tree` is llama.cpp's (`find_converter`), `name` what the model is called in the metadata,
-    `card` the text of a README.md where the folder has none. Raises ConverterError with the
-    converter's last words, and VerificationError when the chat template in the file is not
-    the tokenizer's.
+    `tree` is llama.cpp's (`find_converter`), `name` what the model is called in the metadata.
+    Raises ConverterError with the converter's last words, and VerificationError when the chat
+    template in the file is not the tokenizer's.
     """
     base = Checkpoint.open(folder)
     predicting = any(_PREDICTING.search(one) for one in base.tensors)
     missing: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".view-") as temporary:
         view = Path(temporary, name)
-        _view(base, view, card)
+        _view(base, view)
         while words := _run(tree, view, output, outtype, {"missing": missing, "mtp": predicting}):
             output.unlink(missing_ok=True)
             key = _lacking(words)
@@ -68,7 +65,7 @@ def convert(
     _check_template(folder, output)
 
 
-def _view(base: Checkpoint, view: Path, card: str) -> None:
+def _view(base: Checkpoint, view: Path) -> None:
     """A folder of links to a checkpoint's files, as the converter should see them.
 
     Other weights are left out, and so is code: the converter would run it. Where the chat
@@ -81,8 +78,6 @@ def _view(base: Checkpoint, view: Path, card: str) -> None:
     for path in (*shards, *base.sidecars(), *([templates] if templates.is_dir() else [])):
         if path.suffix != ".py":
             (view / path.name).symlink_to(path.resolve())
-    if card and not (view / "README.md").exists():
-        (view / "README.md").write_text(card, encoding="utf-8")
     tokenizer = view / "tokenizer_config.json"
     own = any((view / f"chat_template.{kind}").exists() for kind in ("jinja", "json"))
     if own and tokenizer.exists():

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from bake.errors import ConverterError, PromptError
 from bake.ggml import ggml
+from bake.ggml_graph import GraphTensor, check_layout
 from bake.imatrix import Importance
 from bake.llama import LlamaModel
 
@@ -27,31 +28,6 @@ CHUNK: Final = 512
 _FEWEST: Final = 16
 """Rows below which an operation is left out, as llama.cpp does: it is not the reading of a text."""
 _F32: Final = 0
-_DIMENSIONS: Final = 4
-
-
-class _Tensor(ctypes.Structure):
-    """`struct ggml_tensor` (ggml's include/ggml.h)."""
-
-
-_Tensor._fields_ = (
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * _DIMENSIONS),
-    ("nb", ctypes.c_size_t * _DIMENSIONS),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.c_void_p),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-    ("extra", ctypes.c_void_p),
-    ("padding", ctypes.c_char * 8),
-)
-_OBJECT: Final = 32
-"""Bytes of `struct ggml_object`, which `ggml_tensor_overhead` counts in."""
 
 
 def collect_importance(
@@ -66,11 +42,13 @@ def collect_importance(
     Tokens that fill no chunk are left out. `progress` receives the tokens read since its last
     call. Raises PromptError where the texts have not even one chunk.
     """
-    if 0 != ctypes.sizeof(_Tensor) + _OBJECT:
+    try:
+        check_layout()
+    except NotImplementedError as error:
         raise ConverterError(
-            "the installed llama.cpp lays out its tensors in another way, so no importance matrix "
-            "can be made; give one of llama-imatrix as imatrix, or the tested llama-cpp-python"
-        )
+            f"imatrix: none can be computed with the installed llama.cpp ({error}); give a file of "
+            "llama-imatrix, or install the llama-cpp-python of constraints.txt"
+        ) from error
     sums = _Sums()
     watch = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(sums.receive)
     with LlamaModel(path, context=CHUNK, parallel=1, threads=threads, watch=watch) as model:
@@ -110,7 +88,7 @@ class _Sums:
     def receive(self, address: int, ask: bool, _: object) -> bool:
         """llama.cpp asks about an operation before it, and where it was wanted, shows it after."""
         try:
-            done = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
+            done = ctypes.cast(address, ctypes.POINTER(GraphTensor)).contents
             kind = _operation(done.op)
             if kind not in (b"MUL_MAT", b"MUL_MAT_ID"):
                 return False
@@ -130,7 +108,7 @@ class _Sums:
             self.failed = self.failed or f"{type(error).__name__}: {error}"
         return True
 
-    def _add(self, name: str, matrix: _Tensor, inputs: _Tensor) -> None:
+    def _add(self, name: str, matrix: GraphTensor, inputs: GraphTensor) -> None:
         values = _array(inputs, np.float32)
         # Inputs [ne3, ne2, tokens, columns]; a stack of matrices repeats under them.
         stack = matrix.ne[2], matrix.ne[3]
@@ -144,7 +122,9 @@ class _Sums:
         total += squares.reshape(1, -1)
         self.counts.setdefault(name, np.zeros(1))[:] += tokens // (stack[0] * stack[1])
 
-    def _add_experts(self, name: str, matrix: _Tensor, inputs: _Tensor, chosen: _Tensor) -> None:
+    def _add_experts(
+        self, name: str, matrix: GraphTensor, inputs: GraphTensor, chosen: GraphTensor
+    ) -> None:
         values = _array(inputs, np.float32)[0]  # [tokens, experts used or 1, columns]
         ids = _array(chosen, np.int32)[0, 0]  # [tokens, experts used]
         total = self.sums.setdefault(name, np.zeros((matrix.ne[2], inputs.ne[0])))
@@ -155,7 +135,7 @@ class _Sums:
             np.add.at(counts, ids[:, place], 1)
 
 
-def _array(tensor: _Tensor, kind: type[np.generic]) -> npt.NDArray[Any]:
+def _array(tensor: GraphTensor, kind: type[np.generic]) -> npt.NDArray[Any]:
     """The numbers of a tensor in the memory of the processor, slowest axis first."""
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
     size = sum((count - 1) * step for count, step in zip(shape, strides, strict=True))
