@@ -6,8 +6,7 @@ header length, a JSON header, then the tensors' bytes without holes.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -21,10 +20,12 @@ from bake.quantised import check_quantisation, companions, dequantised
 __all__ = [
     "DTYPES",
     "EDITABLE",
+    "FP8",
     "INDEX",
     "Checkpoint",
     "Shard",
     "TensorInfo",
+    "byte_count",
     "read_shard",
     "read_tensor",
 ]
@@ -45,7 +46,17 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+# Those that torch has no tensors of: they are copied (safetensors/src/tensor.rs, `Dtype`).
+PACKED_BITS: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+LARGEST: Final = 1 << 63
 EDITABLE: Final = ("F32", "F16", "BF16", "F64")
 FP8: Final = "F8_E4M3"
 
@@ -172,6 +183,8 @@ def read_tensor(info: TensorInfo) -> Tensor:
     if info.scale:
         plain = replace(info, dtype=FP8, scale=None)
         return dequantised(read_tensor(plain), read_tensor(info.scale), info.name)
+    if info.dtype not in DTYPES:
+        raise CheckpointError(f"{info.file}: {info.name}: torch has no tensors of {info.dtype}")
     try:
         with info.file.open("rb") as stream:
             stream.seek(info.start)
@@ -255,6 +268,19 @@ def read_shard(file: Path) -> Shard:
     return Shard(file, tensors, metadata)
 
 
+def byte_count(shape: Iterable[int], dtype: str) -> int | None:
+    """The bytes of a tensor; None where the last would not be full, or no disk holds so many."""
+    bits = PACKED_BITS[dtype] if dtype in PACKED_BITS else 8 * DTYPES[dtype].itemsize
+    count = 1
+    for length in shape:
+        count *= length
+        # The product of a header's worth of large numbers would take minutes.
+        if count > LARGEST:
+            return None
+    count, left = divmod(count * bits, 8)
+    return None if left else count
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -272,10 +298,12 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
             pass
         case _:
             raise CheckpointError(f"{file}: {name}: malformed header entry")
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype not in PACKED_BITS:
         raise CheckpointError(f"{file}: {name}: dtype {dtype!r} is not supported")
-    if not all(isinstance(length, int) and length >= 0 for length in shape):
+    if not all(type(length) is int and length >= 0 for length in shape):
         raise CheckpointError(f"{file}: {name}: malformed shape {shape}")
-    if not 0 <= first <= last or last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+    if bool in (type(first), type(last)):
+        raise CheckpointError(f"{file}: {name}: malformed header entry")
+    if not 0 <= first <= last or last - first != byte_count(shape, dtype):
         raise CheckpointError(f"{file}: {name}: offsets do not match shape {shape} of {dtype}")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + first, data_start + last)

@@ -2,30 +2,48 @@
 
 Every edit maps a float32 tensor to a new float32 tensor of the same shape and
 knows the invariant that it promises, so that what was written can be measured.
+Both go a block of rows at a time, since the largest tensors do not fit into memory.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "AddVector",
+    "Change",
     "CreatedTensor",
     "Edit",
+    "First",
     "LowRank",
     "PlannedEdit",
     "RemoveKeepingNorms",
     "RemoveSubspace",
+    "Rows",
     "Step",
     "apply_all",
+    "composed",
     "rescaling",
+    "square",
+    "worst",
 ]
 
 # What is left of a column that lies in the removed span is rounding, and stays as small.
 NOTHING_LEFT: Final = 1e-3
+
+# What becomes of a block of rows; the slice says which rows of the matrix they are.
+Change: TypeAlias = Callable[[slice, Tensor], Tensor]
+
+
+class Rows(Protocol):
+    """A matrix [.., rows, columns], or several of one shape, seen a block of rows at a time."""
+
+    def total(self, of: Callable[..., Tensor]) -> Tensor:
+        """The sum over all blocks, in float64, of `of(rows, block, ..)`: a block of each matrix."""
+        ...
 
 
 class Edit(Protocol):
@@ -43,6 +61,36 @@ class Edit(Protocol):
     def residual(self, before: Tensor, after: Tensor) -> float:
         """Return how far `after` is from what was promised for `before`; 0 is perfect."""
         ...
+
+    def by_rows(self, matrix: Rows) -> Change:
+        """Return what the edit makes of each block of rows of `matrix`.
+
+        Where a row depends on others, `matrix` is gone through first.
+        """
+        ...
+
+    def errors(self, pair: Rows) -> Tensor:
+        """Return the residual of (before, after) in parts: squares [n, 2] of what is wrong, of all.
+
+        Those of the matrices of one tensor add up; `worst` makes the residual of them.
+        """
+        ...
+
+
+class _Whole:
+    """A tensor in memory is one block."""
+
+    def by_rows(self, matrix: Rows) -> Change:
+        raise NotImplementedError
+
+    def errors(self, pair: Rows) -> Tensor:
+        raise NotImplementedError
+
+    def apply(self, weight: Tensor) -> Tensor:
+        return self.by_rows(_InMemory((weight,)))(slice(None), weight)
+
+    def residual(self, before: Tensor, after: Tensor) -> float:
+        return worst(self.errors(_InMemory((before, after))))
 
 
 @dataclass(frozen=True)
@@ -63,8 +111,8 @@ class CreatedTensor:
     """A tensor that the base does not have: what it holds before its edits, and where it goes.
 
     It is `value` everywhere, but for square `diagonals`: (row, number) puts the number at
-    [row + i, i] for every column i. It goes right behind the tensor named `beside`, into
-    the same file.
+    [row + i, i] for every column i. It goes into the same file as the tensor named `beside`,
+    in a GGUF right behind it, in a checkpoint behind all others.
     """
 
     name: str
@@ -76,9 +124,17 @@ class CreatedTensor:
 
     def filled(self) -> Tensor:
         """The tensor before its edits, in float32."""
-        tensor = torch.full(self.shape, self.value, dtype=torch.float32)
+        rows = self.shape[-2] if len(self.shape) > 1 else 1
+        return self.filled_rows(range(rows)).expand(*self.shape[:-2], -1, -1).reshape(self.shape)
+
+    def filled_rows(self, rows: range) -> Tensor:
+        """The same of some rows, one behind the other; any of several matrices is like the next."""
+        tensor = torch.full((len(rows), self.shape[-1]), self.value, dtype=torch.float32)
         for row, number in self.diagonals:
-            tensor[row : row + self.shape[-1]].fill_diagonal_(number)
+            start = max(row, rows.start)
+            count = min(row + self.shape[-1], rows.stop) - start
+            if count > 0:
+                tensor[start - rows.start :, start - row :].diagonal()[:count] = number
         return tensor
 
 
@@ -100,7 +156,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class AddVector:
+class AddVector(_Whole):
     """Add a vector [d] to a bias [d], or to every row of [experts, d] or [vocabulary, d].
 
     The residual is the relative error of the written difference.
@@ -109,15 +165,19 @@ class AddVector:
     tensor: str
     vector: Tensor
 
-    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
-        return weight + self.vector
+    def by_rows(self, matrix: Rows) -> Change:  # noqa: D102 (see Edit)
+        return lambda _, block: block + self.vector
 
-    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
-        return _relative(after - before, self.vector.expand_as(before))
+    def errors(self, pair: Rows) -> Tensor:  # noqa: D102 (see Edit)
+        def of(_: slice, before: Tensor, after: Tensor) -> Tensor:
+            wrong = after - before - self.vector
+            return torch.stack([square(wrong), square(self.vector.expand_as(before))])
+
+        return pair.total(of)[None]
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(_Whole):
     """Add `left @ right` to a matrix: W' = W + L R, W [out, in], L [out, k], R [k, in].
 
     A rank-one write v cᵀ is the case k = 1, a merged LoRA is L = scale·B, R = A
@@ -129,19 +189,22 @@ class LowRank:
     left: Tensor
     right: Tensor
 
-    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
-        return torch.addmm(weight, self.left, self.right)
+    def by_rows(self, matrix: Rows) -> Change:  # noqa: D102 (see Edit)
+        return lambda rows, block: torch.addmm(block, self.left[rows], self.right)
 
-    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
+    def errors(self, pair: Rows) -> Tensor:  # noqa: D102 (see Edit)
         # |L R|² is the trace of (Lᵀ L)(R Rᵀ); a matrix less in memory, where they are large.
         left, right = self.left.double(), self.right.double()
-        size = ((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt()
-        wrong = (after - before).addmm_(self.left, self.right, alpha=-1).norm()
-        return float(wrong / size.clamp_min(1e-30))
+        size = ((left.T @ left) * (right @ right.T)).sum().clamp_min(0)
+
+        def of(rows: slice, before: Tensor, after: Tensor) -> Tensor:
+            return square((after - before).addmm_(self.left[rows], self.right, alpha=-1))
+
+        return torch.stack([pair.total(of), size])[None]
 
 
 @dataclass(frozen=True, eq=False)
-class RemoveSubspace:
+class RemoveSubspace(_Whole):
     """Take a subspace out of what a tensor writes: W' = W - λ R Rᵀ W, W [.., out, in], R [out, k].
 
     R has orthonormal columns. With `axis` -1 the written side is the last axis (biases
@@ -154,25 +217,44 @@ class RemoveSubspace:
     strength: float = 1.0
     axis: Literal[-2, -1] = -2
 
-    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
+    def by_rows(self, matrix: Rows) -> Change:  # noqa: D102 (see Edit)
         # In place: of the largest matrices there is room for one copy, not for three.
-        if self.axis == -2:
-            removed = self.basis @ (self.strength * (self.basis.T @ weight))
-        else:
-            removed = (self.strength * (weight @ self.basis)) @ self.basis.T
-        return torch.sub(weight, removed, out=removed)
+        if self.axis == -1:
 
-    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
-        written, kept = self.component(after), self.component(before)
-        return float((written - (1 - self.strength) * kept).norm() / kept.norm().clamp_min(1e-30))
+            def of_row(_: slice, block: Tensor) -> Tensor:
+                removed = (self.strength * (block @ self.basis)) @ self.basis.T
+                return torch.sub(block, removed, out=removed)
 
-    def component(self, weight: Tensor) -> Tensor:
-        """Rᵀ W, or W R: what the tensor writes along the basis."""
-        return self.basis.T @ weight if self.axis == -2 else weight @ self.basis
+            return of_row
+        written = self.strength * matrix.total(self.component).float()
+
+        def of_column(rows: slice, block: Tensor) -> Tensor:
+            removed = self.basis[rows] @ written
+            return torch.sub(block, removed, out=removed)
+
+        return of_column
+
+    def errors(self, pair: Rows) -> Tensor:  # noqa: D102 (see Edit)
+        def of_row(rows: slice, before: Tensor, after: Tensor) -> Tensor:
+            kept = self.component(rows, before)
+            wrong = self.component(rows, after) - (1 - self.strength) * kept
+            return torch.stack([square(wrong), square(kept)])
+
+        def of_column(rows: slice, before: Tensor, after: Tensor) -> Tensor:
+            return torch.stack([self.component(rows, before), self.component(rows, after)])
+
+        if self.axis == -1:
+            return pair.total(of_row)[None]
+        kept, written = pair.total(of_column)
+        return torch.stack([square(written - (1 - self.strength) * kept), square(kept)])[None]
+
+    def component(self, rows: slice, block: Tensor) -> Tensor:
+        """What these rows have of Rᵀ W, which is the sum over all; of W R, it is their own."""
+        return self.basis[rows].T @ block if self.axis == -2 else block @ self.basis
 
 
 @dataclass(frozen=True, eq=False)
-class RemoveKeepingNorms:
+class RemoveKeepingNorms(_Whole):
     """`RemoveSubspace`, then every column at its old norm again: W' = (I - λ R Rᵀ) W S.
 
     A column w [out] is what one input writes; with `axis` -1 it is a row. S is diagonal
@@ -186,28 +268,77 @@ class RemoveKeepingNorms:
     strength: float = 1.0
     axis: Literal[-2, -1] = -2
 
-    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102 (see Edit)
-        left = self._plain.apply(weight)
-        return left * rescaling(weight, left, self.axis)
+    def by_rows(self, matrix: Rows) -> Change:  # noqa: D102 (see Edit)
+        plain = self._plain.by_rows(matrix)
+        if self.axis == -1:
 
-    def residual(self, before: Tensor, after: Tensor) -> float:  # noqa: D102 (see Edit)
-        left = self._plain.apply(before)
-        scale = rescaling(before, left, self.axis)
-        # Where nothing is left, nothing is rescaled: the norm is what plain leaves.
-        wanted = torch.where(
-            scale == 1,
-            left.norm(dim=self.axis, keepdim=True),
-            before.norm(dim=self.axis, keepdim=True),
-        )
-        norms = _relative(after.norm(dim=self.axis, keepdim=True), wanted)
-        written = self._plain.component(after)
-        kept = self._plain.component(before)
-        wrong = written - (1 - self.strength) * kept * scale
-        return max(norms, float(wrong.norm() / kept.norm().clamp_min(1e-30)))
+            def of_row(rows: slice, block: Tensor) -> Tensor:
+                left = plain(rows, block)
+                return left * rescaling(block, left, -1)
+
+            return of_row
+        before, left = matrix.total(lambda rows, block: _norms(-2, block, plain(rows, block)))
+        scale = _factor(before.sqrt(), left.sqrt()).float()
+        return lambda rows, block: plain(rows, block) * scale
+
+    def errors(self, pair: Rows) -> Tensor:  # noqa: D102 (see Edit)
+        plain = self._plain.by_rows(First(pair))
+
+        def parts(components: Tensor, norms: Tensor) -> Tensor:
+            kept, written = components
+            before, left, after = norms.sqrt()
+            scale = _factor(before, left)
+            # Where nothing is left, nothing is rescaled: the norm is what plain leaves.
+            wanted = torch.where(scale == 1, left, before)
+            wrong = written - (1 - self.strength) * kept * scale
+            return torch.stack(
+                [
+                    torch.stack([square(after - wanted), square(wanted)]),
+                    torch.stack([square(wrong), square(kept)]),
+                ]
+            )
+
+        def norms(rows: slice, before: Tensor, after: Tensor) -> Tensor:
+            return _norms(self.axis, before, plain(rows, before), after)
+
+        def components(rows: slice, before: Tensor, after: Tensor) -> Tensor:
+            return torch.stack([self._plain.component(rows, one) for one in (before, after)])
+
+        if self.axis == -2:
+            return parts(pair.total(components), pair.total(norms))
+        return pair.total(lambda rows, *both: parts(components(rows, *both), norms(rows, *both)))
 
     @property
     def _plain(self) -> RemoveSubspace:
         return RemoveSubspace(self.tensor, self.basis, self.strength, self.axis)
+
+
+@dataclass(frozen=True)
+class First:
+    """The first of the matrices that are seen together."""
+
+    matrices: Rows
+
+    def total(self, of: Callable[..., Tensor]) -> Tensor:
+        """See `Rows`."""
+        return self.matrices.total(lambda rows, first, *_: of(rows, first))
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    tensors: tuple[Tensor, ...]
+
+    def total(self, of: Callable[..., Tensor]) -> Tensor:
+        return of(slice(None), *self.tensors).double()
+
+
+@dataclass(frozen=True)
+class _Changed:
+    matrix: Rows
+    change: Change
+
+    def total(self, of: Callable[..., Tensor]) -> Tensor:
+        return self.matrix.total(lambda rows, block: of(rows, self.change(rows, block)))
 
 
 def rescaling(before: Tensor, left: Tensor, axis: Literal[-2, -1]) -> Tensor:
@@ -215,8 +346,7 @@ def rescaling(before: Tensor, left: Tensor, axis: Literal[-2, -1]) -> Tensor:
 
     A column is lost when next to nothing of it is left, and a zero column always is.
     """
-    wanted, found = (each.norm(dim=axis, keepdim=True) for each in (before, left))
-    return torch.where(found > NOTHING_LEFT * wanted, wanted / found, 1.0)
+    return _factor(*(each.norm(dim=axis, keepdim=True) for each in (before, left)))
 
 
 def apply_all(edits: Iterable[Edit], weight: Tensor) -> Tensor:
@@ -227,5 +357,37 @@ def apply_all(edits: Iterable[Edit], weight: Tensor) -> Tensor:
     return edited
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+def composed(edits: Iterable[Edit], matrix: Rows) -> Change:
+    """What edits in order make of each block of rows of a matrix, which is float32."""
+
+    def both(first: Change, second: Change) -> Change:
+        return lambda rows, block: second(rows, first(rows, block))
+
+    change: Change | None = None
+    for edit in edits:
+        if change is None:
+            change = edit.by_rows(matrix)
+        else:
+            change = both(change, edit.by_rows(_Changed(matrix, change)))
+    return change or (lambda _, block: block)
+
+
+def worst(errors: Tensor) -> float:
+    """The largest of the relative errors whose squares are [n, 2]."""
+    wrong, size = errors.double().sqrt().unbind(-1)
+    return float((wrong / size.clamp_min(1e-30)).max())
+
+
+def square(tensor: Tensor) -> Tensor:
+    """|x|², in float64."""
+    norm: Tensor = tensor.norm()
+    return norm.double().square()
+
+
+def _norms(axis: Literal[-2, -1], *blocks: Tensor) -> Tensor:
+    """The squared norms along an axis, of each of the blocks."""
+    return torch.stack([each.norm(dim=axis, keepdim=True).double().square() for each in blocks])
+
+
+def _factor(wanted: Tensor, found: Tensor) -> Tensor:
+    return torch.where(found > NOTHING_LEFT * wanted, wanted / found, 1.0)

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from bake.errors import ArchitectureError, CheckpointError
 
-__all__ = ["SECTION", "check_quantisation", "companions", "dequantised", "left_unquantised"]
+__all__ = [
+    "SECTION",
+    "check_quantisation",
+    "companions",
+    "dequantised",
+    "left_unquantised",
+    "scale_by_row",
+    "scaled",
+]
 
 SECTION: Final = "quantization_config"
 # What stands beside an FP8 weight, by the end of its name.
@@ -95,24 +103,37 @@ def companions(weight: str) -> tuple[str, ...]:
 def dequantised(weight: Tensor, scale: Tensor, name: str) -> Tensor:
     """W8 · scale in float32: one scale for all of W8 [.., m, n], or [.., rows, columns] blocks.
 
+    Raises what `scale_by_row` does.
+    """
+    return scaled(weight, scale_by_row(scale, weight.shape, name))
+
+
+def scale_by_row(scale: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """The factors of each row of W8 [.., m, n], [.., m, columns] in float32, or the one of all [].
+
     Raises CheckpointError for blocks that do not divide the weight, as transformers does, and
     for scales that are no real numbers. Blocks are as wide as a power of two, so where it
     comes out otherwise the last one is a smaller one.
     """
-    values = weight.to(torch.float32)
     factors = scale.to(torch.float32)
     if scale.dtype.is_floating_point and factors.numel() == 1:
-        return values * factors.reshape(())
-    rows, columns = factors.shape[-2:] if factors.ndim == values.ndim else (0, 0)
+        return factors.reshape(())
+    rows, columns = factors.shape[-2:] if factors.ndim == len(shape) else (0, 0)
     if not scale.dtype.is_floating_point or not (
-        _divides(rows, values.shape[-2]) and _divides(columns, values.shape[-1])
+        _divides(rows, shape[-2]) and _divides(columns, shape[-1])
     ):
         raise CheckpointError(
             f"{name}: its scale is {scale.dtype} {tuple(scale.shape)}, which does not divide "
-            f"{tuple(weight.shape)} into equal blocks; give a bfloat16 copy"
+            f"{tuple(shape)} into equal blocks; give a bfloat16 copy"
         )
-    across = factors.repeat_interleave(values.shape[-1] // columns, -1)
-    return values * across.repeat_interleave(values.shape[-2] // rows, -2)
+    return factors.repeat_interleave(shape[-2] // rows, -2)
+
+
+def scaled(values: Tensor, by_row: Tensor) -> Tensor:
+    """Rows of W8 times their factors, in float32."""
+    if by_row.ndim:
+        by_row = by_row.repeat_interleave(values.shape[-1] // by_row.shape[-1], -1)
+    return values.to(torch.float32) * by_row
 
 
 def _divides(blocks: int, length: int) -> bool:

@@ -1,35 +1,36 @@
-"""The write side of a safetensors checkpoint: one tensor at a time.
+"""The write side of a safetensors checkpoint: whatever its size, a few blocks in memory.
 
-Headers are computed first, from the plan; untouched tensors are copied as byte
-ranges, edited ones are read, edited in float32, cast once and written in place.
-Shard layout, tensor order and header metadata stay as they were.
+Headers are computed first, from the plan; untouched tensors are copied as byte ranges inside the
+kernel, edited ones are read a block of rows at a time, edited in float32, cast once and written in
+place. Shard layout, tensor order and header metadata stay as they were.
 """
 
 import hashlib
 import json
-import math
 import os
+import shutil
+import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import reduce
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from bake.checkpoint import (
-    DTYPES,
-    EDITABLE,
-    INDEX,
-    Checkpoint,
-    Shard,
-    TensorInfo,
-    read_tensor,
-)
-from bake.edits import CreatedTensor, Edit, apply_all
+from bake import __version__
+from bake.blocks import Matrix, Workers, matrices, opened, source_of, workers
+from bake.checkpoint import DTYPES, EDITABLE, INDEX, Checkpoint, Shard, TensorInfo, byte_count
+from bake.copying import ALIGNED, Span, copy_span, pieces
+from bake.edits import Change, CreatedTensor, Edit, composed
 from bake.errors import CheckpointError, OutputError
+from bake.written import Written
 
 __all__ = ["write_checkpoint", "write_config"]
 
@@ -44,27 +45,43 @@ def write_checkpoint(
     folder: Path,
     progress: Callable[[int], None] = lambda _: None,
     renamed: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, str]:
+    journal: Path | None = None,
+) -> None:
     """Write the edited checkpoint into the empty `folder`.
 
     `edits` are keyed by tensor name; `config` holds what changes in config.json, keyed
     by paths joined by dots. `progress` receives the number of bytes written since the last call.
-    `renamed` has the names that are written where they are others than these.
-    Returns the SHA-256 of every file written. Raises CheckpointError for an edit
-    of a tensor that is missing or of a type that cannot be edited, and
-    OutputError when the disk is full or not writable.
+    `renamed` has the names that are written where they are others than these. With a `journal`,
+    which is a file, the folder may have what an earlier call wrote before it was killed: what is
+    whole of it stays where the call was the same, all else goes. All of it is on disk in the end.
+    Raises CheckpointError for an edit of a tensor that is missing or of a type that cannot be
+    edited, and OutputError when the disk is full or not writable.
     """
     known = {*base.tensors, *(tensor.name for tensor in created)}
     for name in edits:
         if name not in known:
             raise CheckpointError(f"{base.folder}: no tensor named {name} to edit")
-    hashes: dict[str, str] = {}
     gone = {one.name for name in edits for one in base.beside.get(name, ())}
+    files = [
+        _laid(shard, _entries(shard, base, edits, created, gone), edits, renamed, folder)
+        for shard in base.shards
+    ]
     try:
-        for shard in base.shards:
-            target = folder / shard.file.name
-            entries = _entries(shard, base, edits, created, gone)
-            hashes[target.name] = _write_shard(shard, entries, edits, renamed, target, progress)
+        with ExitStack() as stack:
+            written = None
+            if journal:
+                run = _run(base, files, edits, created, config)
+                written = stack.enter_context(Written(journal, run))
+                keep = {one.path for one in files} if written.resumed else set()
+                for path in set(folder.iterdir()) - keep:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            lock = Lock()
+
+            def done(count: int) -> None:
+                with lock:
+                    progress(count)
+
+            _write_files(files, edits, done, written)
         for path in base.sidecars():
             target = folder / path.name
             if path.name == "config.json" and config:
@@ -73,10 +90,8 @@ def write_checkpoint(
                 _write_index(path, created, edits, renamed, base, target)
             else:
                 target.write_bytes(path.read_bytes())
-            hashes[target.name] = hashlib.sha256(target.read_bytes()).hexdigest()
     except OSError as error:
         raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
-    return hashes
 
 
 def write_config(source: Path, changes: Mapping[str, object], target: Path) -> None:
@@ -94,29 +109,212 @@ def write_config(source: Path, changes: Mapping[str, object], target: Path) -> N
     target.write_text(text, encoding="utf-8")
 
 
-def _write_shard(
+@dataclass(frozen=True)
+class _File:
+    """A file that will be written: its header, what is copied, and where edited tensors begin."""
+
+    path: Path
+    source: Path
+    header: bytes
+    size: int
+    copied: tuple[Span, ...]
+    edited: tuple[tuple[TensorInfo | CreatedTensor, int], ...]
+
+
+def _laid(
     shard: Shard,
     entries: Sequence[TensorInfo | CreatedTensor],
     edits: Mapping[str, Sequence[Edit]],
     renamed: Mapping[str, str],
-    target: Path,
+    folder: Path,
+) -> _File:
+    """Where everything of a file will be; neighbours that are copied are one span."""
+    header = _header(shard, entries, renamed)
+    target, offset = folder / shard.file.name, len(header)
+    copied: list[Span] = []
+    edited: list[tuple[TensorInfo | CreatedTensor, int]] = []
+    for entry in entries:
+        size = _size(entry)
+        if isinstance(entry, CreatedTensor) or entry.name in edits:
+            if entry.dtype not in EDITABLE:
+                raise CheckpointError(
+                    f"{entry.name}: its dtype {entry.dtype} cannot be edited; "
+                    "give unquantised weights"
+                )
+            edited.append((entry, offset))
+        else:
+            last = copied[-1] if copied else None
+            span = Span(entry.file, entry.start, target, offset, size)
+            if last and (last.start + last.length, last.offset + last.length) == (
+                span.start,
+                span.offset,
+            ):
+                span = replace(last, length=last.length + size)
+                copied.pop()
+            copied.append(span)
+        offset += size
+    return _File(target, shard.file, header, offset, tuple(copied), tuple(edited))
+
+
+def _write_files(
+    files: Sequence[_File],
+    edits: Mapping[str, Sequence[Edit]],
     progress: Callable[[int], None],
-) -> str:
-    header = _header(entries, renamed, shard.metadata)
-    digest = hashlib.sha256(header)
-    with shard.file.open("rb") as source, target.open("xb") as output:
-        output.write(header)
-        for entry in entries:
-            if isinstance(entry, TensorInfo) and entry.name not in edits:
-                _copy(source, entry, output, digest, progress)
-                continue
-            data = _edited(entry, edits.get(entry.name, ()))
-            output.write(data)
-            digest.update(data)
+    written: Written | None,
+) -> None:
+    """Write all files but what is written already: one thread copies while others edit."""
+    for file in files:
+        with opened(file.path, os.O_RDWR | os.O_CREAT) as target:
+            _write_at(target, memoryview(file.header), 0)
+            os.ftruncate(target, file.size)
+    copies = _Copies((one for file in files for one in file.copied), written, progress)
+    with workers() as pool:
+        copying = [pool.pool.submit(copies.work)]
+        try:
+            for file in files:
+                with opened(file.path, os.O_RDWR) as target, opened(file.source) as source:
+                    for entry, offset in file.edited:
+                        place = _Place(file.path.name, target, offset)
+                        changes = edits.get(entry.name, ())
+                        _edit(pool, entry, changes, source, place, progress, written)
+                        if copying[0].done():
+                            copying[0].result()
+            # Those that edited can copy now.
+            copying += [pool.pool.submit(copies.work) for _ in range(pool.count - 1)]
+            for one in copying:
+                one.result()
+        except BaseException:
+            copies.stop()
+            raise
+    for file in files:
+        with opened(file.path) as target:
+            os.fsync(target)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor begins in an open file of this name."""
+
+    name: str
+    file: int
+    offset: int
+
+
+def _edit(
+    pool: Workers,
+    entry: TensorInfo | CreatedTensor,
+    edits: Sequence[Edit],
+    source: int,
+    place: _Place,
+    progress: Callable[[int], None],
+    written: Written | None,
+) -> None:
+    """Write one tensor after its edits: composed in float32, cast once."""
+    part, size = f"{place.name}:{place.offset}", _size(entry)
+    if written and part in written.parts and _crc(place, size) == written.parts[part]:
+        progress(size)
+        return
+    crc = 0
+    for matrix in matrices(pool, entry.shape, [source_of(entry, source)]):
+        change = composed(edits, matrix)
+        for data in matrix.each(partial(_write_block, entry, place, matrix, change)):
+            crc = zlib.crc32(data, crc) if written else 0
             progress(len(data))
-        output.flush()
-        os.fsync(output.fileno())
+    if written:
+        written.add(part, crc)
+
+
+def _write_block(
+    entry: TensorInfo | CreatedTensor,
+    place: _Place,
+    matrix: Matrix,
+    change: Change,
+    rows: slice,
+    block: Tensor,
+) -> memoryview:
+    edited = change(rows, block)
+    if edited.shape != block.shape:
+        raise CheckpointError(
+            f"{entry.name}: an edit made shape {tuple(edited.shape)} of {tuple(block.shape)}"
+        )
+    cast = edited.to(DTYPES[entry.dtype])
+    # The sum of what is finite may overflow, so it is the first of two looks.
+    if not (cast.sum(dtype=torch.float32).isfinite() or cast.isfinite().all()):
+        raise CheckpointError(
+            f"{entry.name}: the edit is not finite in {entry.dtype}; lower its strength"
+        )
+    data = cast.contiguous().view(torch.uint8).numpy().data.cast("B")
+    first = matrix.number * matrix.height + rows.start
+    _write_at(place.file, data, place.offset + first * block.shape[1] * cast.itemsize)
+    return data
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _crc(place: _Place, size: int) -> int:
+    """The CRC-32 of what is in a file already."""
+    crc = 0
+    for start in range(place.offset, place.offset + size, CHUNK):
+        count = min(CHUNK, place.offset + size - start)
+        crc = zlib.crc32(os.pread(place.file, count, start), crc)
+    return crc
+
+
+def _run(
+    base: Checkpoint,
+    files: Iterable[_File],
+    edits: Mapping[str, Sequence[Edit]],
+    created: Iterable[CreatedTensor],
+    config: Mapping[str, object],
+) -> str:
+    """A hash of all that decides the bytes, the base's weights by their files' size and time."""
+    digest = hashlib.sha256(f"{__version__} {torch.__version__}".encode())
+    for file in files:
+        found = file.source.stat()
+        digest.update(f"{file.source.resolve()} {found.st_size} {found.st_mtime_ns}".encode())
+        digest.update(file.header)
+    for one in (*(edit for name in sorted(edits) for edit in edits[name]), *created):
+        digest.update(type(one).__name__.encode())
+        for value in vars(one).values():
+            if isinstance(value, Tensor):
+                digest.update(value.contiguous().numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    digest.update(json.dumps(config, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+class _Copies:
+    """Spans to copy, of which any number of threads take the next."""
+
+    def __init__(
+        self, spans: Iterable[Span], written: Written | None, progress: Callable[[int], None]
+    ) -> None:
+        self._left = deque(piece for span in spans for piece in pieces(span))
+        self._written, self._progress = written, progress
+
+    def work(self) -> None:
+        """Copy until nothing is left."""
+        while True:
+            try:
+                span = self._left.popleft()
+            except IndexError:
+                return
+            name = f"{span.target.name}:{span.offset}+{span.length}"
+            if self._written is None:
+                copy_span(span)
+            elif name not in self._written.parts:
+                copy_span(span)
+                self._written.add(name)
+            self._progress(span.length)
+
+    def stop(self) -> None:
+        """Begin no further one."""
+        self._left.clear()
 
 
 def _entries(
@@ -126,25 +324,34 @@ def _entries(
     created: Sequence[CreatedTensor],
     gone: Collection[str],
 ) -> list[TensorInfo | CreatedTensor]:
-    """What a file will hold: untouched tensors as they are on disk, edited ones as they mean."""
-    entries: list[TensorInfo | CreatedTensor] = []
-    for info in shard.tensors:
-        if info.name in gone:
-            continue
-        entries.append(base.tensors[info.name] if info.name in edits else info)
-        entries.extend(tensor for tensor in created if tensor.beside == info.name)
-    return entries
+    """What a file will hold: untouched tensors as they are on disk, edited ones as they mean.
+
+    New ones come last, so that no other moves.
+    """
+    names = {info.name for info in shard.tensors}
+    return [
+        *(
+            base.tensors[info.name] if info.name in edits else info
+            for info in shard.tensors
+            if info.name not in gone
+        ),
+        *(tensor for tensor in created if tensor.beside in names),
+    ]
 
 
 def _header(
-    entries: Sequence[TensorInfo | CreatedTensor],
-    renamed: Mapping[str, str],
-    metadata: Mapping[str, str] | None,
+    shard: Shard, entries: Sequence[TensorInfo | CreatedTensor], renamed: Mapping[str, str]
 ) -> bytes:
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    """The header of what is written: the base's own bytes where it says the same."""
+    old = [(one.name, one.dtype, one.shape) for one in shard.tensors]
+    new = [(renamed.get(one.name, one.name), one.dtype, one.shape) for one in entries]
+    if old == new and old:
+        with shard.file.open("rb") as stream:
+            return stream.read(shard.tensors[0].start)
+    header: dict[str, Any] = {} if shard.metadata is None else {"__metadata__": shard.metadata}
     offset = 0
     for entry in entries:
-        size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        size = _size(entry)
         header[renamed.get(entry.name, entry.name)] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
@@ -152,50 +359,16 @@ def _header(
         }
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # The reference implementation pads the header with spaces to eight bytes.
-    text += b" " * (-len(text) % 8)
+    # Spaces behind it are allowed; with these, what is copied lies in blocks as it did.
+    start = shard.tensors[0].start if shard.tensors else 0
+    text += b" " * ((start - 8 - len(text)) % ALIGNED)
     return len(text).to_bytes(8, "little") + text
 
 
-def _copy(
-    source: IO[bytes],
-    info: TensorInfo,
-    output: IO[bytes],
-    digest: Any,
-    progress: Callable[[int], None],
-) -> None:
-    source.seek(info.start)
-    left = info.stop - info.start
-    while left:
-        data = source.read(min(CHUNK, left))
-        if not data:
-            raise CheckpointError(f"{info.file}: truncated inside {info.name}; download it again")
-        output.write(data)
-        digest.update(data)
-        progress(len(data))
-        left -= len(data)
-
-
-def _edited(entry: TensorInfo | CreatedTensor, edits: Sequence[Edit]) -> bytes:
-    """The bytes of a tensor after its edits: composed in float32, cast once."""
-    if entry.dtype not in EDITABLE:
-        raise CheckpointError(
-            f"{entry.name}: its dtype {entry.dtype} cannot be edited; give unquantised weights"
-        )
-    dtype = DTYPES[entry.dtype]
-    weight = read_tensor(entry) if isinstance(entry, TensorInfo) else entry.filled()
-    edited = apply_all(edits, weight)
-    if edited.shape != weight.shape:
-        raise CheckpointError(
-            f"{entry.name}: an edit made shape {tuple(edited.shape)} of {tuple(weight.shape)}"
-        )
-    if not torch.isfinite(edited).all():
-        raise CheckpointError(f"{entry.name}: the edit is not finite; lower its strength")
-    return _bytes(edited.to(dtype))
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def _size(entry: TensorInfo | CreatedTensor) -> int:
+    size = byte_count(entry.shape, entry.dtype)
+    assert size is not None
+    return size
 
 
 def _write_index(
@@ -213,14 +386,14 @@ def _write_index(
     for tensor in created:
         name = renamed.get(tensor.name, tensor.name)
         index["weight_map"][name] = base.find(tensor.beside).file.name
-        more += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        more += _size(tensor)
     for name in edits:
         for one in base.beside.get(name, ()):
             del index["weight_map"][renamed.get(one.name, one.name)]
             more -= one.stop - one.start
         if name in base.beside:
             info = base.tensors[name]
-            more += math.prod(info.shape) * DTYPES[info.dtype].itemsize - (info.stop - info.start)
+            more += _size(info) - (info.stop - info.start)
     if "total_size" in index.get("metadata", {}):
         index["metadata"]["total_size"] += more
     target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,20 +1,22 @@
 """Is what was written what was planned? Everything here is read back from disk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from bake.checkpoint import DTYPES, Checkpoint, TensorInfo, read_tensor
-from bake.edits import CreatedTensor, Edit, apply_all
+from bake.blocks import Matrix, Workers, matrices, opened, source_of, workers
+from bake.checkpoint import DTYPES, Checkpoint, TensorInfo
+from bake.edits import Change, CreatedTensor, Edit, First, composed, square, worst
 from bake.errors import VerificationError
 
 __all__ = ["Divergence", "check_files", "divergence"]
 
-CHUNK: Final = 8 << 20
+CHUNK: Final = 1 << 20
 # Each edit of a tensor may be off by one rounding of the written type, whose relative
 # error is at most eps / 2; twice that leaves room for the float32 composition.
 ROUNDING: Final = 1.0
@@ -78,36 +80,38 @@ def check_files(
             f"{written.folder}: {name} is {'missing' if name in missing else 'new'}"
         )
     residuals = {}
-    for name, info in written.tensors.items():
-        old = planned[name]
-        if old in edits:
-            before = new[old].filled() if old in new else base.read(old)
-            residuals[name] = _edited(info, edits[old], before)
-        elif old in new:
-            wanted = new[old].filled().to(DTYPES[new[old].dtype])
-            if not torch.equal(read_tensor(info), wanted):
-                raise VerificationError(f"{info.file}: {name} is new and not what was planned")
-        elif not _same_bytes(base.tensors[old], info):
-            raise VerificationError(f"{info.file}: {name} differs from the base and was not edited")
-        else:
-            pairs = zip(base.beside.get(old, ()), written.beside.get(name, ()), strict=True)
-            for one, other in pairs:
-                if not _same_bytes(one, other):
-                    raise VerificationError(f"{info.file}: {other.name} differs from the base")
+    same: list[tuple[TensorInfo, TensorInfo]] = []
+    with workers() as pool:
+        for name, info in written.tensors.items():
+            old = planned[name]
+            if old in edits:
+                residuals[name] = _edited(pool, info, edits[old], new.get(old) or base.find(old))
+            elif old in new:
+                _created(pool, info, new[old])
+            else:
+                same.append((base.tensors[old], info))
+                same += zip(base.beside.get(old, ()), written.beside.get(name, ()), strict=True)
+        for (_, info), equal in zip(same, pool.each(_same_bytes, same), strict=True):
+            if not equal:
+                raise VerificationError(
+                    f"{info.file}: {info.name} differs from the base and was not edited"
+                )
     return residuals
 
 
-def _edited(info: TensorInfo, edits: Sequence[Edit], before: Tensor) -> float:
+def _edited(
+    pool: Workers, info: TensorInfo, edits: Sequence[Edit], before: TensorInfo | CreatedTensor
+) -> float:
     """The residual of the edits of one tensor; raises VerificationError when it is too large."""
-    written = read_tensor(info)
-    after, before = written.float(), before.float()
-    wanted = apply_all(edits, before)
-    change = float((wanted - before).norm())
-    if len(edits) == 1:
-        residual = edits[0].residual(before, after)
-    else:
-        residual = float((after - wanted).norm()) / max(change, 1e-30)
-    rounding = ROUNDING * torch.finfo(written.dtype).eps * float(wanted.norm())
+    errors, sums = torch.zeros(1, 2), torch.zeros(3)
+    for pair in _pairs(pool, before, info):
+        squares = partial(_squares, composed(edits, First(pair)))
+        sums = sums + pair.total(squares)
+        if len(edits) == 1:
+            errors = errors + edits[0].errors(pair)
+    change, size, wrong = sums.sqrt().tolist()
+    residual = worst(errors) if len(edits) == 1 else wrong / max(change, 1e-30)
+    rounding = ROUNDING * torch.finfo(DTYPES[info.dtype]).eps * size
     if not residual <= rounding / max(change, 1e-30) + 1e-6:
         raise VerificationError(
             f"{info.file}: {info.name}: the edit's residual is {residual:.2e}, "
@@ -116,7 +120,37 @@ def _edited(info: TensorInfo, edits: Sequence[Edit], before: Tensor) -> float:
     return residual
 
 
-def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
+def _squares(change: Change, rows: slice, before: Tensor, after: Tensor) -> Tensor:
+    """The squares of the planned change, of the planned tensor, and of what is wrong with it."""
+    wanted = change(rows, before)
+    return torch.stack([square(wanted - before), square(wanted), square(after - wanted)])
+
+
+def _created(pool: Workers, info: TensorInfo, planned: CreatedTensor) -> None:
+    """Refuse a new tensor that holds anything else than planned."""
+
+    def equal(_: slice, wanted: Tensor, found: Tensor) -> bool:
+        return torch.equal(wanted.to(DTYPES[planned.dtype]).float(), found)
+
+    same = (info.dtype, info.shape) == (planned.dtype, planned.shape)
+    if not same or not all(all(pair.each(equal)) for pair in _pairs(pool, planned, info)):
+        raise VerificationError(f"{info.file}: {info.name} is new and not what was planned")
+
+
+def _pairs(
+    pool: Workers, before: TensorInfo | CreatedTensor, after: TensorInfo
+) -> Iterator[Matrix]:
+    """The matrices of a tensor, before and after, side by side."""
+    if before.shape != after.shape:
+        raise VerificationError(f"{after.file}: {after.name} has another shape than was planned")
+    old = before.file if isinstance(before, TensorInfo) else after.file
+    with opened(old) as first, opened(after.file) as second:
+        sources = source_of(before, first), source_of(after, second)
+        yield from matrices(pool, after.shape, sources)
+
+
+def _same_bytes(pair: tuple[TensorInfo, TensorInfo]) -> bool:
+    first, second = pair
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with first.file.open("rb") as one, second.file.open("rb") as two:
