@@ -567,6 +567,18 @@ def schema_command() -> None:
     click.echo(json.dumps(recipe_json_schema(), indent=2, ensure_ascii=False))
 
 
+@cli.command("clean")
+@click.argument("folder", metavar="DIR")
+def clean_command(folder: str) -> None:
+    """Remove what a bake into DIR left beside it when it was killed; DIR stays as it is."""
+    from pathlib import Path
+
+    from bake.staging import clean
+
+    found = clean(Path(folder))
+    click.echo(f"{folder}: {'what was left is removed' if found else 'nothing was left'}")
+
+
 @cli.command("recipes")
 def recipes_command() -> None:
     """List the recipes that travel with bake."""

@@ -16,12 +16,11 @@ from bake.errors import DirectionsError
 from bake.fit.estimate import roles_shown
 from bake.fit.run import fit_directions, labels_of_direction, measured_directions
 from bake.fit.select import DEPTH, DIVERGENCE, Candidate, best
-from bake.journal import Journal, hashed
+from bake.journal import Journal
 from bake.judge import Judge
 from bake.judge.choice import find_judge
-from bake.manifest import file_hash, versions
 from bake.model import LiveModel
-from bake.pipeline import Prepared, prepare
+from bake.pipeline import Prepared, base_hashes, prepare, run_of
 from bake.plan import direction_layers
 from bake.progress import note, progress
 from bake.prompts import Prompt
@@ -145,7 +144,7 @@ def _begun(recipe: Recipe, layers: Sequence[int] | None, label: str) -> Iterator
     chosen = direction_layers(recipe) if layers is None else layers
     ready.arch.check_layers(chosen, ready.base.config, "--layers")
     judge = find_judge(recipe.judge)
-    journal = Journal.of(work.by_main(lambda: _run_of(ready)))
+    journal = Journal.of(work.by_main(lambda: run_of(ready, base_hashes(ready))))
     if work.main and journal.finished:
         note(f"{label}: {journal.finished} batches are finished already, in {journal.folder}")
     model = LiveModel.load(ready.base.folder, ready.arch, system=recipe.system_prompt)
@@ -155,13 +154,6 @@ def _begun(recipe: Recipe, layers: Sequence[int] | None, label: str) -> Iterator
     prompts = {role: found for role, found in every.items() if role in shown}
     yield _Run(ready, model, judge, chosen, prompts, ready.concept_prompts)
     journal.remove()
-
-
-def _run_of(ready: Prepared) -> str:
-    """A hash of what decides a fit beside its prompts: recipe, model files, versions."""
-    files = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
-    hashes = {path.name: file_hash(path) for path in files}
-    return hashed([ready.recipe.model_dump(mode="json"), hashes, versions()])
 
 
 def _measured_at(recipe: Recipe, site: Site, token: int) -> Recipe:

@@ -6,9 +6,12 @@ same bytes.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 from bake.errors import ManifestError
@@ -17,6 +20,7 @@ __all__ = [
     "NAME",
     "differences",
     "file_hash",
+    "file_hashes",
     "manifest_text",
     "read_manifest",
     "read_outputs",
@@ -26,7 +30,7 @@ __all__ = [
 
 NAME: Final = "bake.json"
 PACKAGES: Final = ("torch", "transformers", "safetensors", "gguf", "llama-cpp-python", "tokenizers")
-CHUNK: Final = 8 << 20
+CHUNK: Final = 1 << 20
 
 
 def write_manifest(folder: Path, content: Mapping[str, object]) -> None:
@@ -79,12 +83,28 @@ def differences(
         del found[name]
     missing = [f"{folder / name}: missing" for name in outputs if name not in found]
     others = [f"{path}: not of the bake" for name, path in found.items() if name not in outputs]
+    hashes = file_hashes([found[name] for name in outputs if name in found], progress)
     changed = [
         f"{folder / name}: changed since the bake"
         for name, digest in outputs.items()
-        if name in found and file_hash(found[name], progress) != digest
+        if name in found and hashes[found[name]] != digest
     ]
     return missing + others + changed
+
+
+def file_hashes(
+    paths: Iterable[Path], progress: Callable[[int], None] = lambda _: None
+) -> dict[Path, str]:
+    """SHA-256 of files, a processor each; `progress` receives the bytes since the last call."""
+    lock, paths = Lock(), tuple(paths)
+
+    def done(count: int) -> None:
+        with lock:
+            progress(count)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = pool.map(lambda path: file_hash(path, done), paths)
+        return dict(zip(paths, hashes, strict=True))
 
 
 def file_hash(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:

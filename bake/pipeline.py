@@ -17,7 +17,7 @@ from bake.card import card
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions, save_directions
 from bake.edits import Edit
-from bake.errors import GuardError, VerificationError
+from bake.errors import CheckpointError, GuardError, VerificationError
 from bake.evidence import Evidence
 from bake.export.adapter import check_adapter, write_gguf_lora, write_peft
 from bake.export.conversion import TEXT, Reference, Road, survivals
@@ -33,13 +33,15 @@ from bake.fit.kept import write_kept
 from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile, part_names
 from bake.imatrix import read_importance
+from bake.journal import Journal, hashed
 from bake.judge import Judge
 from bake.judge.choice import find_judge
-from bake.manifest import NAME, file_hash, versions, write_manifest
+from bake.manifest import NAME, file_hash, file_hashes, versions, write_manifest
 from bake.measure import Artefacts, Measured, measure
 from bake.model import LiveModel
 from bake.ops.add import Add
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
+from bake.preflight import check_room
 from bake.progress import progress
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
 from bake.recipe import LoadedRecipe, PromptSource, Recipe
@@ -47,11 +49,21 @@ from bake.report import guard_breaches, table, write_answers
 from bake.runtimes.facts import served
 from bake.saved_plan import SavedPlan, snapshot
 from bake.source import Source, find_source
-from bake.staging import check_output, staged
-from bake.stream import write_checkpoint
+from bake.staging import already_there, check_output, journal_of, staged
+from bake.stream import write_checkpoint, written_sizes
 from bake.verify import check_files
+from bake.work import Work
 
-__all__ = ["DIRECTIONS", "KEPT", "Prepared", "bake", "prepare", "saved_form"]
+__all__ = [
+    "DIRECTIONS",
+    "KEPT",
+    "Prepared",
+    "bake",
+    "base_hashes",
+    "prepare",
+    "run_of",
+    "saved_form",
+]
 
 # An edit that rounds away is not in the file, whatever the file says; auto asks for more.
 SURVIVING = 0.9
@@ -168,12 +180,18 @@ def bake(
         planned.check(saved_form(loaded, ready))
     if ready.gguf:
         check_same_model(ready.gguf, ready.base, ready.arch)
+    _check_room(ready)
     road = _road(ready, llama_cpp)
     judge = find_judge(recipe.judge)
-    with staged(recipe.folder, overwrite) as staging, _aside(staging) as aside:
+    with (
+        staged(recipe.folder, overwrite, recipe.export.safetensors) as staging,
+        _aside(staging) as aside,
+    ):
+        stamps, hashes = _stamps(ready), base_hashes(ready)
+        journal = Journal.of(run_of(ready, hashes))
         reference = _reference(ready, road, aside) if road else None
         model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
-        fitted = _fit(ready, model, judge)
+        fitted = _fit(ready, replace(model, work=Work(journal=journal)), judge)
         edits = _edits(ready, fitted)
         written = _write(loaded, ready, model, fitted, edits, staging)
         if road and reference:
@@ -194,8 +212,46 @@ def bake(
         broken = guard_breaches(recipe, measured)
         if broken:
             raise GuardError("\n".join(broken))
-        _record(loaded, ready, model, fitted, written, measured, staging)
+        now = _stamps(ready)
+        for path, stamp in stamps.items():
+            if now.get(path) != stamp:
+                raise CheckpointError(f"{path}: changed while it was baked; bake it again")
+        _record(loaded, ready, model, hashes, fitted, written, measured, staging)
+    journal.remove()
     return recipe.folder
+
+
+def _check_room(ready: Prepared) -> None:
+    """Refuse a disk on which what is exported has no room."""
+    plan, sizes = ready.plan, [0]
+    if ready.recipe.export.safetensors:
+        edited = (edit.tensor for edit in plan.edits)
+        sizes += written_sizes(ready.base, edited, plan.created)
+    if ready.gguf:
+        sizes += [part.path.stat().st_size for part in ready.gguf.files]
+    folder = ready.recipe.folder
+    check_room(folder, sizes, already_there(folder))
+
+
+def _files(ready: Prepared) -> list[Path]:
+    """Every file of the base."""
+    return [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
+
+
+def base_hashes(ready: Prepared) -> dict[str, str]:
+    """The SHA-256 of every file of the base."""
+    return {path.name: digest for path, digest in file_hashes(_files(ready)).items()}
+
+
+def _stamps(ready: Prepared) -> dict[Path, tuple[int, int]]:
+    """When every file of the base that is there was changed last, and its size."""
+    found = {path: path.stat() for path in _files(ready) if path.exists()}
+    return {path: (one.st_mtime_ns, one.st_size) for path, one in found.items()}
+
+
+def run_of(ready: Prepared, hashes: Mapping[str, str]) -> str:
+    """A hash of what decides a fit beside its prompts: recipe, model files, versions."""
+    return hashed([ready.recipe.model_dump(mode="json"), hashes, versions()])
 
 
 def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:
@@ -261,7 +317,7 @@ def _write(
     """Write the checkpoint and what is made of the base; read it back: the rest is as it was."""
     residuals: dict[str, float] = {}
     if ready.recipe.export.safetensors:
-        residuals = _write_safetensors(ready, edits, staging)
+        residuals = _write_safetensors(ready, edits, staging, journal_of(staging))
     _write_vectors(ready, fitted, edits, staging)
     export = ready.recipe.export.gguf
     if ready.gguf is None or export is None or export.convert:
@@ -280,13 +336,18 @@ def _write(
 
 
 def _write_safetensors(
-    ready: Prepared, edits: Mapping[str, Sequence[Edit]], folder: Path
+    ready: Prepared,
+    edits: Mapping[str, Sequence[Edit]],
+    folder: Path,
+    journal: Path | None = None,
 ) -> dict[str, float]:
     plan, base = ready.plan, ready.base
     size = sum(info.stop - info.start for info in base.tensors.values())
     with progress("safetensors", size) as update:
         write_checkpoint(
-            *(base, edits, plan.created, plan.config, folder, update), renamed=plan.renamed
+            *(base, edits, plan.created, plan.config, folder, update),
+            renamed=plan.renamed,
+            journal=journal,
         )
     return check_files(base, Checkpoint.open(folder), edits, plan.created, plan.renamed)
 
@@ -451,6 +512,7 @@ def _record(
     loaded: LoadedRecipe,
     ready: Prepared,
     model: LiveModel,
+    hashes: Mapping[str, str],
     fitted: Fitted,
     written: _Written,
     measured: Measured,
@@ -467,12 +529,10 @@ def _record(
     save_directions(fitted.directions, staging / DIRECTIONS)
     if fitted.kept:
         write_kept(fitted.kept, staging / KEPT)
-    inputs = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
-    if ready.gguf:
-        inputs += [part.path for part in ready.gguf.files]
+    others = [part.path for part in ready.gguf.files] if ready.gguf else []
     export = recipe.export.gguf
     if export and export.convert and export.convert.imatrix not in (None, TEXT):
-        inputs.append(Path(str(export.convert.imatrix)))
+        others.append(Path(str(export.convert.imatrix)))
     content: dict[str, object] = {
         "format": 1,
         "name": recipe.name,
@@ -486,7 +546,10 @@ def _record(
         "base": asdict(base_card(recipe, ready.base.folder)),
         "seed": recipe.seed,
         "versions": versions(),
-        "inputs": {path.name: file_hash(path) for path in inputs},
+        "inputs": {
+            **hashes,
+            **{path.name: digest for path, digest in file_hashes(others).items()},
+        },
         "prompts": ready.fingerprints,
         "near_duplicates": {
             role: parts.removed for role, parts in ready.splits.items() if parts.removed
@@ -535,9 +598,9 @@ def _record(
     }
     text = card(Evidence.of(content, loaded, NAME))
     (staging / "README.md").write_text(text, encoding="utf-8")
+    outputs = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     content["outputs"] = {
-        path.relative_to(staging).as_posix(): file_hash(path)
-        for path in sorted(staging.rglob("*"))
-        if path.is_file()
+        path.relative_to(staging).as_posix(): digest
+        for path, digest in file_hashes(outputs).items()
     }
     write_manifest(staging, content)

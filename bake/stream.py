@@ -32,7 +32,7 @@ from bake.edits import Change, CreatedTensor, Edit, composed
 from bake.errors import CheckpointError, OutputError
 from bake.written import Written
 
-__all__ = ["write_checkpoint", "write_config"]
+__all__ = ["write_checkpoint", "write_config", "written_sizes"]
 
 CHUNK: Final = 8 << 20
 
@@ -73,6 +73,7 @@ def write_checkpoint(
                 run = _run(base, files, edits, created, config)
                 written = stack.enter_context(Written(journal, run))
                 keep = {one.path for one in files} if written.resumed else set()
+                written.forget(one.path.name for one in files if not one.path.exists())
                 for path in set(folder.iterdir()) - keep:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             lock = Lock()
@@ -92,6 +93,19 @@ def write_checkpoint(
                 target.write_bytes(path.read_bytes())
     except OSError as error:
         raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
+
+
+def written_sizes(
+    base: Checkpoint, edited: Iterable[str], created: Sequence[CreatedTensor]
+) -> list[int]:
+    """The bytes of every file that `write_checkpoint` will write, nearly; from headers alone."""
+    names = dict.fromkeys(edited, ())
+    gone = {one.name for name in names for one in base.beside.get(name, ())}
+    weights = [
+        _laid(shard, _entries(shard, base, names, created, gone), names, {}, base.folder).size
+        for shard in base.shards
+    ]
+    return weights + [path.stat().st_size for path in base.sidecars()]
 
 
 def write_config(source: Path, changes: Mapping[str, object], target: Path) -> None:

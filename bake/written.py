@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,12 @@ class Written:
     def add(self, part: str, crc: int | None = None) -> None:
         """A part is written."""
         self._append({"part": part, "crc": crc})
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Take nothing for written of files that are gone: `part` begins with a file's name."""
+        for gone in set(files):
+            for part in [part for part in self.parts if part.rpartition(":")[0] == gone]:
+                del self.parts[part]
 
     def _append(self, line: Mapping[str, object]) -> None:
         with self._lock:
