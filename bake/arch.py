@@ -290,10 +290,10 @@ class Arch:
         """By layer, every writer that a checkpoint with these tensors has, attention first."""
         known = frozenset(names)
         found: dict[int, list[Written]] = {}
-        for name in sorted(known, key=_natural):
-            layer, inside = self._inside(name)
-            if inside not in self._weights:
-                continue
+        places = {name: self._inside(name) for name in known}
+        weights = [name for name, (_, inside) in places.items() if inside in self._weights]
+        for name in sorted(weights, key=_natural):
+            layer, inside = places[name]
             branch, writer = self._weights[inside]
             weight, bias = writer.suffixes
             beside = f"{name.removesuffix(weight)}{bias}"
@@ -375,15 +375,18 @@ class Arch:
         """
         known = frozenset(names)
         count = self.layer_count(config)
-        for name in sorted(known, key=_natural):
+        unknown = []
+        for name in known:
             layer, inside = self._inside(name)
             if layer >= count or (self.ignored and re.match(self.ignored, name)):
                 continue
             if inside not in self._inside_names and name not in self._outside_names:
-                raise ArchitectureError(
-                    f"{name}: model_type '{self.model_type}' has no such tensor in bake's table; "
-                    "the checkpoint is of a variant that bake does not know"
-                )
+                unknown.append(name)
+        if unknown:
+            raise ArchitectureError(
+                f"{min(unknown, key=_natural)}: model_type '{self.model_type}' has no such tensor "
+                "in bake's table; the checkpoint is of a variant that bake does not know"
+            )
         written = self.written(known)
         for layer in range(count):
             sites = {one.branch.site for one in written.get(layer, ())}
@@ -441,7 +444,11 @@ class Arch:
         found = self._block.fullmatch(tensor)
         if not found:
             return -1, ""
-        return int(found[1]), re.sub(r"(?<=experts\.)\d+(?=\.)", "{expert}", found[2])
+        inside = found[2]
+        return int(found[1]), _EXPERT.sub("{expert}", inside) if "experts." in inside else inside
+
+
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 def _tensors(modules: Iterable[str]) -> Iterator[str]:
