@@ -6,6 +6,7 @@ header length, a JSON header, then the tensors' bytes without holes.
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,12 +83,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its tensors in the order of their bytes, and its `__metadata__`.
+    """One safetensors file: its tensors in the order of their bytes, which begin at `start`.
 
     They are as on disk: `Checkpoint.tensors` has those in FP8 as what they mean.
     """
 
     file: Path
+    start: int
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str] | None
 
@@ -202,7 +204,7 @@ def _shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.exists():
         single = folder / SINGLE
-        if single.exists():
+        if single.is_file():
             return [single]
         raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}; bake reads safetensors")
     weight_map = _read_json(index).get("weight_map")
@@ -210,7 +212,8 @@ def _shard_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index}: weight_map: missing or empty")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        plain = Path(name).name == name and name.isprintable()
+        if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: weight_map: {name!r} is not a file of this folder")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing, but {INDEX} names it")
@@ -265,7 +268,7 @@ def read_shard(file: Path) -> Shard:
             f"{file}: truncated or padded: {size} bytes, but its header describes {end}; "
             "download it again"
         )
-    return Shard(file, tensors, metadata)
+    return Shard(file, data_start, tensors, metadata)
 
 
 def byte_count(shape: Iterable[int], dtype: str) -> int | None:
@@ -293,6 +296,9 @@ def _is_text(metadata: object) -> bool:
 
 
 def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    # Control characters and halves of surrogate pairs can be in no message and no other header.
+    if not name.isprintable():
+        raise CheckpointError(f"{file}: {name[:40]!a}: malformed name of a tensor")
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(first), int(last)]}:
             pass
@@ -301,9 +307,11 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if dtype not in DTYPES and dtype not in PACKED_BITS:
         raise CheckpointError(f"{file}: {name}: dtype {dtype!r} is not supported")
     if not all(type(length) is int and length >= 0 for length in shape):
-        raise CheckpointError(f"{file}: {name}: malformed shape {shape}")
+        raise CheckpointError(f"{file}: {name}: malformed shape {reprlib.repr(shape)}")
     if bool in (type(first), type(last)):
         raise CheckpointError(f"{file}: {name}: malformed header entry")
     if not 0 <= first <= last or last - first != byte_count(shape, dtype):
-        raise CheckpointError(f"{file}: {name}: offsets do not match shape {shape} of {dtype}")
+        raise CheckpointError(
+            f"{file}: {name}: offsets do not match shape {reprlib.repr(shape)} of {dtype}"
+        )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + first, data_start + last)

@@ -90,7 +90,7 @@ def write_checkpoint(
             elif path.name == INDEX and (created or gone):
                 _write_index(path, created, edits, renamed, base, target)
             else:
-                target.write_bytes(path.read_bytes())
+                shutil.copyfile(path, target)
     except OSError as error:
         raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
 
@@ -359,9 +359,9 @@ def _header(
     """The header of what is written: the base's own bytes where it says the same."""
     old = [(one.name, one.dtype, one.shape) for one in shard.tensors]
     new = [(renamed.get(one.name, one.name), one.dtype, one.shape) for one in entries]
-    if old == new and old:
+    if old == new:
         with shard.file.open("rb") as stream:
-            return stream.read(shard.tensors[0].start)
+            return stream.read(shard.start)
     header: dict[str, Any] = {} if shard.metadata is None else {"__metadata__": shard.metadata}
     offset = 0
     for entry in entries:
@@ -374,8 +374,7 @@ def _header(
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # Spaces behind it are allowed; with these, what is copied lies in blocks as it did.
-    start = shard.tensors[0].start if shard.tensors else 0
-    text += b" " * ((start - 8 - len(text)) % ALIGNED)
+    text += b" " * ((shard.start - 8 - len(text)) % ALIGNED)
     return len(text).to_bytes(8, "little") + text
 
 
