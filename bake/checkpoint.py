@@ -215,9 +215,17 @@ def _shard_files(folder: Path) -> list[Path]:
         plain = Path(name).name == name and name.isprintable()
         if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: weight_map: {name!r} is not a file of this folder")
-        if not (folder / name).is_file():
+        if not _is_file(folder / name):
             raise CheckpointError(f"{folder / name}: missing, but {INDEX} names it")
     return [folder / name for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    # Also for a name that is longer than the system allows.
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _read_json(path: Path) -> dict[str, object]:
