@@ -1,7 +1,7 @@
 """A live model: loaded through transformers, spoken to through its chat template."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,6 +20,11 @@ from bake.tokens import shared_beginning
 from bake.work import Work
 
 __all__ = ["Batch", "LiveModel", "Prefix", "batches"]
+
+# Nothing is fetched, and no code that comes with a checkpoint is run, nor anybody asked to let it:
+# without the second, transformers asks on the terminal (dynamic_module_utils.py,
+# `resolve_trust_remote_code`).
+OWN: Final[Mapping[str, Any]] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +122,7 @@ class LiveModel:
         logging.disable_progress_bar()
         model, placed = None, {}
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **OWN)
             causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
             loader = AutoModelForCausalLM if causal else AutoModelForMultimodalLM
             stored = config.get_text_config().dtype or torch.float32
@@ -129,7 +134,7 @@ class LiveModel:
                 folder,
                 dtype=wanted if placed else dtype or "auto",
                 output_loading_info=True,
-                local_files_only=True,
+                **OWN,
                 **placed,
             )
             tokenizer = _tokenizer(folder)
@@ -377,7 +382,7 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer, with the chat template of older processors where it has none itself."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **OWN)
     beside = folder / "chat_template.json"
     if tokenizer.chat_template is None and beside.exists():
         tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]

@@ -105,7 +105,8 @@ class LocalJudge:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        where = {"revision": self.revision, "local_files_only": Path(self.model).is_dir()}
+        local = Path(self.model).is_dir()
+        where = {"revision": self.revision, "local_files_only": local, "trust_remote_code": False}
         try:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto", **where)
             tokenizer = AutoTokenizer.from_pretrained(self.model, **where)
