@@ -11,8 +11,8 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import getitem
@@ -184,25 +184,37 @@ def _write_files(
     copies = _Copies((one for file in files for one in file.copied), written, progress)
     with workers() as pool:
         copying = [pool.pool.submit(copies.work)]
-        try:
-            for file in files:
-                with opened(file.path, os.O_RDWR) as target, opened(file.source) as source:
-                    for entry, offset in file.edited:
-                        place = _Place(file.path.name, target, offset)
-                        changes = edits.get(entry.name, ())
-                        _edit(pool, entry, changes, source, place, progress, written)
-                        if copying[0].done():
-                            copying[0].result()
+        for file in files:
+            with (
+                opened(file.path, os.O_RDWR) as target,
+                opened(file.source) as source,
+                _ended(pool, copies),
+            ):
+                for entry, offset in file.edited:
+                    place = _Place(file.path.name, target, offset)
+                    changes = edits.get(entry.name, ())
+                    _edit(pool, entry, changes, source, place, progress, written)
+                    if copying[0].done():
+                        copying[0].result()
+        with _ended(pool, copies):
             # Those that edited can copy now.
             copying += [pool.pool.submit(copies.work) for _ in range(pool.count - 1)]
             for one in copying:
                 one.result()
-        except BaseException:
-            copies.stop()
-            raise
     for file in files:
         with opened(file.path) as target:
             os.fsync(target)
+
+
+@contextmanager
+def _ended(pool: Workers, copies: "_Copies") -> Iterator[None]:
+    """After a failure, wait for the threads before the files that they write are closed."""
+    try:
+        yield
+    except BaseException:
+        copies.stop()
+        pool.pool.shutdown(cancel_futures=True)
+        raise
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,10 @@ def tried(folder: Path, output: Path) -> bool:
         assert time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize("examples", [250, pytest.param(20_000, marks=pytest.mark.slow)])
+LONG = (pytest.mark.slow, pytest.mark.timeout(3600))
+
+
+@pytest.mark.parametrize("examples", [250, pytest.param(20_000, marks=LONG)])
 def test_a_hostile_folder_is_read_or_refused(tmp_path: Path, examples: int) -> None:
     base, output = tmp_path / "base", tmp_path / "out"
     base.mkdir()
