@@ -208,11 +208,11 @@ def _measured(evidence: Evidence) -> Iterator[str]:
     yield _table(rows)
     if evidence.parity:
         yield "Logits of the baked model against the base with hooks on it:"
-        found = [("runtime", "lost share of the steering", "max Δ logit", "steering moves up to")]
+        parity = [("runtime", "lost share of the steering", "max Δ logit", "steering moves up to")]
         for runtime, one in evidence.parity.items():
             effect = f"{one.largest_effect:.1f} ({one.positions} positions)"
-            found.append((runtime, f"{one.lost_share:.1e}", f"{one.largest:.1e}", effect))
-        yield _table(found)
+            parity.append((runtime, f"{one.lost_share:.1e}", f"{one.largest:.1e}", effect))
+        yield _table(parity)
     yield "`answers.jsonl` has the answers behind these figures, of harmful requests the verdicts."
 
 

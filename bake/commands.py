@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import click
+from click.shell_completion import CompletionItem
 
 from bake import __version__
 from bake.errors import BakeError, RecipeError
@@ -31,9 +32,28 @@ class _Recipes(click.Group):
             )
 
 
+def _complete_recipe(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Files, and the names of shipped recipes."""
+    from bake.recipe import shipped_recipes
+
+    # Files first: the shell's list of them replaces what came before.
+    return [CompletionItem(incomplete, type="file")] + [
+        CompletionItem(one.name, help=one.description)
+        for one in shipped_recipes()
+        if one.name.startswith(incomplete)
+    ]
+
+
 def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
-        click.option("--recipe", metavar="FILE|NAME", help="A recipe file, or a shipped recipe."),
+        click.option(
+            "--recipe",
+            metavar="FILE|NAME",
+            shell_complete=_complete_recipe,
+            help="A recipe file, or a shipped recipe.",
+        ),
         click.option(
             "--model", metavar="ID|DIR", help="A Hub id or folder, in place of the recipe's."
         ),

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TypeAlias
 
 from bake.judge import UNREAD, Exchange, Judge, Verdict
 from bake.judge.thinking import Thinking, spoken
 from bake.prompts import Prompt
 from bake.recipe import Guard
 
-__all__ = ["Answer", "Rate", "breaches", "judged", "rates", "runtime_gaps"]
+__all__ = ["Answer", "Rate", "breaches", "broken", "judged", "rates", "runtime_gaps"]
+
+
+ByRuntime: TypeAlias = Mapping[str, Mapping[str, "Rate"]]
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,36 @@ def breaches(
     return [f"guard, {runtime}: {line}" for line in lines]
 
 
-def runtime_gaps(guard: Guard, after: Mapping[str, Mapping[str, Rate]]) -> list[str]:
+def broken(guard: Guard, before: ByRuntime, after: ByRuntime) -> list[str]:
+    """Everything that the guard forbids, from refusals by runtime and role, a line each."""
+    lines = []
+    for runtime, found in after.items():
+        lines += breaches(guard, before[runtime], found, runtime)
+    return lines + runtime_gaps(guard, before, after)
+
+
+def runtime_gaps(guard: Guard, before: ByRuntime, after: ByRuntime) -> list[str]:
     """Sets on which two runtimes differ by more than the guard allows, a line each."""
     lines = []
     for role in next(iter(after.values()), {}):
-        by_runtime: dict[str, Any] = {
-            runtime: found[role].percent for runtime, found in after.items()
-        }
-        gap = max(by_runtime.values()) - min(by_runtime.values())
+        gap = _gap(after, role)
         if gap > guard.runtime_gap:
-            shown = ", ".join(f"{runtime} {value:.1f} %" for runtime, value in by_runtime.items())
-            lines.append(
+            shown = ", ".join(
+                f"{name} {found[role].percent:.1f} %" for name, found in after.items()
+            )
+            line = (
                 f"guard: {role} refusals differ by {gap:.1f} points between runtimes ({shown}), "
                 f"{guard.runtime_gap:g} allowed"
             )
+            if _gap(before, role) > guard.runtime_gap:
+                line += (
+                    f"; the base's own differ by {_gap(before, role):.1f}: raise "
+                    "guard.runtime_gap or evaluate.limit"
+                )
+            lines.append(line)
     return lines
+
+
+def _gap(found: ByRuntime, role: str) -> float:
+    percents = [rates[role].percent for rates in found.values()]
+    return max(percents) - min(percents)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from bake.base_card import BaseCard
 from bake.errors import ManifestError
-from bake.evaluate import Rate, breaches, runtime_gaps
+from bake.evaluate import Rate, broken
 from bake.manifest import NAME, read_manifest
 from bake.recipe import LoadedRecipe, restore_recipe
 
@@ -97,7 +97,4 @@ class Evidence:
 
     def broken(self) -> list[str]:
         """Every way in which the figures break the guard that the recipe states, a line each."""
-        guard, lines = self.loaded.recipe.guard, []
-        for runtime, after in self.after.items():
-            lines += breaches(guard, self.before[runtime], after, runtime)
-        return lines + runtime_gaps(guard, self.after)
+        return broken(self.loaded.recipe.guard, self.before, self.after)

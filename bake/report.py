@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from bake.aligned import aligned
-from bake.evaluate import breaches, rates, runtime_gaps
+from bake.evaluate import broken, rates
 from bake.gguf_file import part_names, parts_named
 from bake.judge import UNREAD, Verdict
 from bake.measure import Measured
@@ -17,10 +17,7 @@ def guard_breaches(recipe: Recipe, measured: Measured) -> list[str]:
     """Every way in which the measured behaviour breaks the recipe's guard."""
     before = {runtime: rates(found) for runtime, found in measured.before.items()}
     after = {runtime: rates(found) for runtime, found in measured.after.items()}
-    lines = []
-    for runtime in after:
-        lines += breaches(recipe.guard, before[runtime], after[runtime], runtime)
-    return lines + runtime_gaps(recipe.guard, after)
+    return broken(recipe.guard, before, after)
 
 
 def table(measured: Measured) -> str:

@@ -71,6 +71,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert "Exit codes" in done.stdout
 
 
+def test_a_shell_completes_commands_and_recipes() -> None:
+    def completed(words: str, last: int) -> list[str]:
+        asked = {"_BAKE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(last)}
+        done = subprocess.run(["bake"], env=os.environ | asked, capture_output=True, text=True)
+        return done.stdout.split()
+
+    assert completed("bake rep", 1) == ["plain,reproduce"]
+    assert completed("bake plan --recipe pol", 3) == ["file,pol", "plain,political-open"]
+
+
 def test_three_ways_in(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     for command in ([sys.executable, "-m", "bake"], [sys.executable, str(root / "cli.py")]):

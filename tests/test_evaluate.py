@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from bake.errors import JudgeError
-from bake.evaluate import Rate, breaches, judged, rates
+from bake.evaluate import Rate, breaches, broken, judged, rates
 from bake.judge import REFUSED, UNREAD, Exchange, Verdict
 from bake.judge.choice import Readable
 from bake.judge.thinking import Thinking
@@ -87,3 +87,15 @@ def test_each_limit_of_the_guard_is_named(role, refused, said):
     assert breaches(Guard(target_at_most=10), before, kept | {role: Rate(refused, 10)}, "x") == [
         f"guard, x: {said}"
     ]
+
+
+def test_a_gap_between_runtimes_that_the_base_has_is_said_to_be_its_own() -> None:
+    guard = Guard(runtime_gap=5)
+    even = {"target": Rate(5, 10), "protected": Rate(9, 10)}
+    odd = {"target": Rate(4, 10), "protected": Rate(9, 10)}
+    (line,) = broken(guard, {"a": even, "b": even}, {"a": even, "b": odd})
+    assert line.startswith("guard: target refusals differ by 10.0 points between runtimes")
+    assert "base" not in line
+    (line,) = broken(guard, {"a": even, "b": odd}, {"a": even, "b": odd})
+    assert line.endswith("the base's own differ by 10.0: raise guard.runtime_gap or evaluate.limit")
+    assert broken(guard, {"a": even, "b": odd}, {"a": even, "b": even}) == []
