@@ -97,7 +97,7 @@ class Push:
         return done.returncode, done.stdout, "\n".join(said)
 
 
-QUIET = ("verify", "upload", "looking for tokens")
+QUIET = ("verify", "look for tokens", "upload")
 
 
 @pytest.fixture

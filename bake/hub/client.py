@@ -27,7 +27,7 @@ from bake.errors import HubError
 from bake.manifest import CHUNK
 from bake.progress import progress
 
-__all__ = ["Commit", "Hub", "Remote", "download"]
+__all__ = ["Commit", "Hub", "Remote", "download", "size_of"]
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 AGAIN = "push again: what is there already is not sent again"
@@ -158,10 +158,14 @@ def _answer(error: BaseException) -> HfHubHTTPError | None:
     return cause
 
 
+def size_of(content: Path | bytes) -> int:
+    """Bytes in a file, or in what will be one."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
 def _git_hash(content: Path | bytes) -> str:
     """SHA-1 under which git has a file that is not large."""
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    digest = hashlib.sha1(b"blob %d\0" % size)
+    digest = hashlib.sha1(b"blob %d\0" % size_of(content))
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as stream:
         while data := stream.read(CHUNK):
             digest.update(data)

@@ -1,7 +1,7 @@
 """A baked folder to the Hub: what is refused, what goes where, and then the upload."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from bake.base_card import BaseCard
 from bake.card import Kind, Place, card, check_card
 from bake.errors import GuardError, HubError, VerificationError
 from bake.evidence import Evidence
-from bake.hub.client import Commit, Hub, Remote
+from bake.hub.client import Commit, Hub, Remote, size_of
 from bake.hub.repositories import CARD, repository_ids, sorted_files
 from bake.hub.secrets import holds_token
 from bake.manifest import NAME, differences, manifest_text
@@ -61,8 +61,7 @@ class Push:
         rows = [("repository", "file", "bytes")]
         for one in self.repositories:
             for name, content in one.files.items():
-                size = len(content) if isinstance(content, bytes) else content.stat().st_size
-                rows.append((f"{one.repo_id} ({shown})", name, f"{size:,}"))
+                rows.append((f"{one.repo_id} ({shown})", name, f"{size_of(content):,}"))
         return aligned(rows)
 
     def send(self, show: Callable[[str], None] = lambda _: None) -> None:
@@ -135,13 +134,7 @@ def prepare_push(
         _repository(evidence, folder, kind, files, ids, licence)
         for kind, files in sorted_out.items()
     )
-    for one in made:
-        for name, content in one.files.items():
-            if holds_token(content, [get_token() or ""]):
-                raise HubError(
-                    f"{one.repo_id}: {name}: holds an access token; take it out of the recipe and "
-                    "its files, bake again, and revoke the token"
-                )
+    _refuse_tokens(made)
     loaded = evidence.loaded
     return Push(
         *(made, f"bake {loaded.recipe.name}, recipe {loaded.sha256[:12]}"),
@@ -179,6 +172,22 @@ def _repository(
     return Repository(
         ids[kind], kind, dict(sorted(contents.items())), hashes | {NAME: _sha256(manifest)}
     )
+
+
+def _refuse_tokens(repositories: Sequence[Repository]) -> None:
+    files = {
+        one.repo_id + ": " + name: content
+        for one in repositories
+        for name, content in one.files.items()
+    }
+    with progress("look for tokens", sum(map(size_of, files.values()))) as update:
+        for name, content in files.items():
+            if holds_token(content, [get_token() or ""]):
+                raise HubError(
+                    f"{name}: holds an access token; take it out of the recipe and its files, bake "
+                    "again, and revoke the token"
+                )
+            update(size_of(content))
 
 
 def _check_ids(repo_id: str, ids: Mapping[Kind, str]) -> None:
