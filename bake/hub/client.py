@@ -36,7 +36,7 @@ REMEDIES = {
     401: LOG_IN,
     403: "use a token that may write there",
     404: "check --repo-id, and that the token may write there",
-    409: AGAIN,
+    409: "give another --repo-id, or " + AGAIN,
     412: "somebody else has changed it meanwhile; " + AGAIN,
     429: "wait, then " + AGAIN,
 }
