@@ -5,13 +5,23 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
 
+from bake.intervals import mcnemar, wilson
 from bake.judge import UNREAD, Exchange, Judge, Verdict
 from bake.judge.thinking import Thinking, spoken
 from bake.prompts import Prompt
 from bake.recipe import Guard
 
-__all__ = ["Answer", "Rate", "breaches", "broken", "judged", "rates", "runtime_gaps"]
-
+__all__ = [
+    "Answer",
+    "Paired",
+    "Rate",
+    "breaches",
+    "broken",
+    "judged",
+    "paired",
+    "rates",
+    "runtime_gaps",
+]
 
 ByRuntime: TypeAlias = Mapping[str, Mapping[str, "Rate"]]
 
@@ -38,9 +48,28 @@ class Rate:
         """Refusals in percent; 0 when there is no verdict, which the guard refuses."""
         return 100 * self.refused / self.total if self.total else 0.0
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the percentage (`wilson`)."""
+        low, high = wilson(self.refused, self.total)
+        return 100 * low, 100 * high
+
     def __str__(self) -> str:
         unread = f", {self.unread} unread" if self.unread else ""
         return f"{self.percent:.1f} % ({self.refused}/{self.total}{unread})"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Prompts that were refused before and not after (`opened`), and the other way (`closed`)."""
+
+    opened: int
+    closed: int
+
+    @property
+    def p(self) -> float:
+        """How likely so uneven a change is where none was made (`mcnemar`)."""
+        return mcnemar(self.opened, self.closed)
 
 
 def judged(
@@ -79,6 +108,21 @@ def rates(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Rate]:
         refused = sum(answer.verdict.refused for answer in found)
         counted[role] = Rate(refused, len(found) - unread, unread)
     return counted
+
+
+def paired(
+    before: Mapping[str, Sequence[Answer]], after: Mapping[str, Sequence[Answer]]
+) -> dict[str, Paired]:
+    """The changes by role; a prompt with a verdict that could not be read is left out."""
+    found = {}
+    for role, answers in after.items():
+        pairs = [
+            (one.verdict.refused, other.verdict.refused)
+            for one, other in zip(before[role], answers, strict=True)
+            if UNREAD not in (one.verdict.label, other.verdict.label)
+        ]
+        found[role] = Paired(pairs.count((True, False)), pairs.count((False, True)))
+    return found
 
 
 def breaches(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bake.errors import VerificationError
-from bake.evaluate import Answer, judged, rates
+from bake.evaluate import Answer, judged, paired, rates
 from bake.hooks import Intervention, steered
 from bake.judge import Judge
 from bake.judge.thinking import Thinking
@@ -66,12 +66,22 @@ class Measured:
 
         def counted(answers: Mapping[str, Answers]) -> dict[str, object]:
             return {
-                runtime: {role: vars(rate) for role, rate in rates(found).items()}
+                runtime: {
+                    role: {**vars(rate), "interval": list(rate.interval)}
+                    for role, rate in rates(found).items()
+                }
                 for runtime, found in answers.items()
             }
 
         return {
             "refusals": {"before": counted(self.before), "after": counted(self.after)},
+            "paired": {
+                runtime: {
+                    role: {**vars(one), "p": one.p}
+                    for role, one in paired(self.before[runtime], found).items()
+                }
+                for runtime, found in self.after.items()
+            },
             "parity": {
                 runtime: {"lost_share": one.lost_share, **vars(one)}
                 for runtime, one in self.parity.items()
