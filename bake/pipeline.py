@@ -30,6 +30,7 @@ from bake.export.provenance import provenance, write_parity
 from bake.export.requantise import F32, LEAST_SHARE, MOST_NOISE, MOST_NOISE_SAME, EditedType
 from bake.export.same_model import check_same_model
 from bake.fit.kept import write_kept
+from bake.fit.readings import HIGH, LOW
 from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile, part_names
 from bake.imatrix import read_importance
@@ -568,6 +569,14 @@ def _record(
             },
             "figures": {
                 str(layer): dict(found) for layer, found in fitted.directions.figures.items()
+            },
+            "readings": {
+                "low": LOW,
+                "high": HIGH,
+                "layers": {
+                    str(layer): {role: list(counts) for role, counts in found.items()}
+                    for layer, found in fitted.directions.readings.items()
+                },
             },
             "openings": fitted.openings,
             "constants": {name: asdict(one) for name, one in fitted.constants.items()},

@@ -20,11 +20,12 @@ from bake.fit.logistic import logistic
 from bake.fit.mean_difference import mean_difference
 from bake.fit.pca import pca_of_differences
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
+from bake.fit.readings import BINS, HIGH, LOW, counted, read
 from bake.fit.ridge import ridge_solve, solve_dual, solve_primal
 from bake.fit.rmd import rmd
 from bake.fit.safesteer import norm_filtered_difference, weighted_median
 from bake.fit.samples import Samples
-from bake.fit.scores import Observed, area_under_curve, held_out, pearson
+from bake.fit.scores import Observed, area_under_curve, held_out, held_out_readings, pearson
 from bake.fit.spread import bootstrap_cosine
 from bake.recipe import Fit
 from bake.recipe_values import Estimator
@@ -364,18 +365,27 @@ def observed(values: Tensor, sign: float, topics: list[str] | None = None) -> Ob
     return Observed(values.float(), torch.ones(count), torch.full((count,), sign), names)
 
 
+def figures(refused: Observed, answered: Observed) -> dict[str, float]:
+    """The held-out figures of mean differences."""
+    return held_out(held_out_readings(mean_difference, refused, answered), refused, answered)
+
+
 def test_held_out_figures_are_not_fooled_by_labels_that_mean_nothing() -> None:
     """With more dimensions than samples any labels are told apart where they were fitted."""
     noise = observed(drawn(1, 40, 300), 1.0), observed(drawn(2, 40, 300), -1.0)
     direction = mean_difference(noise[0].samples, noise[1].samples)
     inside = [one.samples.values @ direction for one in noise]
     assert area_under_curve(*inside) == 1
-    found = held_out(mean_difference, *noise)
+    found = figures(*noise)
     assert 0.25 < found["auc"] < 0.75
     assert abs(found["r"]) < 0.4
+    # What a report draws is what the figures are of.
+    unseen = held_out_readings(mean_difference, *noise)
+    assert unseen is not None
+    assert abs(float(unseen[0].mean() - unseen[1].mean())) < 0.3
     planted = 6 * torch.eye(300)[0].double()
     apart = observed(drawn(3, 40, 300) + planted, 1.0), observed(drawn(4, 40, 300), -1.0)
-    found = held_out(mean_difference, *apart)
+    found = figures(*apart)
     assert found["auc"] > 0.98
     assert found["r"] > 0.8
 
@@ -390,8 +400,8 @@ def test_what_is_held_out_is_held_out_by_topic() -> None:
     values = drawn(5, 10, 400).repeat_interleave(6, 0)
     topics = [str(row // 6) for row in range(60)]
     others = observed(drawn(6, 10, 400).repeat_interleave(6, 0), -1.0, [f"o{t}" for t in topics])
-    leaky = held_out(mean_difference, observed(values, 1.0), others)
-    honest = held_out(mean_difference, observed(values, 1.0, topics), others)
+    leaky = figures(observed(values, 1.0), others)
+    honest = figures(observed(values, 1.0, topics), others)
     assert leaky["auc"] > honest["auc"] + 0.15
 
 
@@ -405,14 +415,27 @@ def test_prompts_between_the_classes_count_in_r_alone() -> None:
         torch.cat([refused, neutral]).float(), weights, confidences,
         tuple(str(row) for row in range(60)),
     )  # fmt: skip
-    found = held_out(mean_difference, mixed, observed(answered, -1.0))
+    found = figures(mixed, observed(answered, -1.0))
     assert found["auc"] > 0.98
     assert found["r"] > 0.9  # the neutral ones lie half way, as their confidence does
 
 
 def test_too_few_topics_have_no_held_out_figures() -> None:
     one = observed(drawn(1, 6, 5), 1.0, ["a"] * 6)
-    assert held_out(mean_difference, one, observed(drawn(2, 6, 5), -1.0, ["b"] * 6)) == {}
+    assert figures(one, observed(drawn(2, 6, 5), -1.0, ["b"] * 6)) == {}
+
+
+def test_a_histogram_counts_in_gaps_and_loses_no_prompt() -> None:
+    gap, answered = torch.tensor([0.0, 4.0]).double(), torch.tensor([3.0, 1.0]).double()
+    values = torch.tensor([[9.0, 1.0], [-9.0, 5.0], [0.0, 3.0], [0.0, 999.0], [0.0, -999.0]])
+    readings = read(values, answered, gap)
+    assert readings[:3].tolist() == [0, 1, 0.5]
+    counts = counted(readings)
+    assert len(counts) == BINS
+    assert {place: count for place, count in enumerate(counts) if count} == {
+        0: 1, 10: 1, 15: 1, 20: 1, 29: 1,
+    }  # fmt: skip
+    assert sum(counted(torch.linspace(LOW, HIGH, 301))) == 301
 
 
 # --- COSMIC

@@ -91,7 +91,9 @@ class Directions:
     The vectors are not of length 1: each is as long as the gap between the two classes
     that it separates, so that a strength counts in gaps; several of one layer are all as long
     as the gap within their span. They must be linearly independent, and need not be orthogonal.
-    `figures` by layer say how good an estimate it is, by the names of FIGURES. Raises
+    `figures` by layer say how good an estimate it is, by the names of FIGURES; `readings` by
+    layer and role, of directions that were just fitted, where prompts lie along it
+    (`bake.fit.readings`). Raises
     DirectionsError where a vector is not finite, zero, or of another width, or lies in the
     span of its layer's others.
 
@@ -104,6 +106,7 @@ class Directions:
     vectors: Mapping[int, Tensor]
     origin: Origin = Origin()
     figures: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    readings: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.vectors:

@@ -14,8 +14,9 @@ from bake.fit.cosmic import CosmicScores
 from bake.fit.estimators import ESTIMATORS
 from bake.fit.first_token import FirstToken
 from bake.fit.protect import busiest, in_null_space, without, without_concepts
+from bake.fit.readings import counted, read
 from bake.fit.samples import Samples
-from bake.fit.scores import Observed, held_out
+from bake.fit.scores import Observed, held_out, held_out_readings
 from bake.fit.select import DEPTH, DIVERGENCE
 from bake.fit.span import alikeness, independent, rows_of, within
 from bake.fit.spread import Draw, bootstrap_cosine, draws
@@ -61,9 +62,10 @@ def estimated(
     along the direction; several of a layer are each as long as the gap within their span.
     `learn` gives the directions of a layer where that takes the live model. Where one layer's
     are those of all, the lengths are still each layer's own. Each comes with
-    its figures: `spread`, `auc`, `r`, and those that `cosmic` and `first_token` give. What is
-    learned has no `auc` and no `r`, which would learn it anew for every fold. Raises FitError
-    where the data determine no direction.
+    its figures: `spread`, `auc`, `r`, and those that `cosmic` and `first_token` give, and with
+    histograms of all roles in `found`. What is learned has no `auc`, no `r` and no histograms,
+    which would learn it anew for every fold. Raises FitError where the data determine no
+    direction.
     """
     refused, answered = found[recipe.fit.refused], found[recipe.fit.contrast]
 
@@ -89,6 +91,11 @@ def estimated(
         }
 
     @cache
+    def readings_of(layer: int) -> tuple[Tensor, Tensor] | None:
+        reading = partial(_reading, estimates[layer])
+        return None if learn else held_out_readings(reading, refused[layer], answered[layer])
+
+    @cache
     def figures_of(layer: int) -> dict[str, float]:
         resamples, seed = recipe.fit.resamples, recipe.seed
         classes = refused[layer].kept, answered[layer].kept
@@ -99,8 +106,7 @@ def estimated(
                 for drawn in draws(*classes, resamples, seed)
             ]
             return {"spread": sum(cosines) / resamples} if resamples else {}
-        reading = partial(_reading, estimates[layer])
-        found = held_out(reading, refused[layer], answered[layer])
+        found = held_out(readings_of(layer), refused[layer], answered[layer])
         if resamples:
             found["spread"] = bootstrap_cosine(estimates[layer], *classes, resamples, seed)
         return found
@@ -121,7 +127,34 @@ def estimated(
             figures[layer]["cosmic"] = cosmic.score(layer, moved, basis)
         if first_token:
             figures[layer] |= first_token.figures(layer, moved, basis)
-    return Directions(vectors, _origin(recipe), figures)
+    readings: dict[int, dict[str, tuple[int, ...]]] = {}
+    for layer in dict.fromkeys([chosen.layer] if chosen else layers):
+        if unseen := readings_of(layer):
+            direction = chosen.direction if chosen else units[layer]
+            gap = _gap_within(direction, *samples[layer])
+            readings[layer] = _histograms(recipe.fit, found, layer, unseen, gap)
+    return Directions(vectors, _origin(recipe), figures, readings)
+
+
+def _histograms(
+    choice: Fit, found: Activations, layer: int, unseen: tuple[Tensor, Tensor], gap: Tensor
+) -> dict[str, tuple[int, ...]]:
+    """Where the prompts of every role that was measured lie along a layer's direction.
+
+    Of the two classes these are the prompts that behave as their class does, and the readings
+    held out; of the other roles all prompts, along the direction of the two.
+    """
+    origin = found[choice.contrast][layer].samples.mean
+    classes = dict(zip((choice.refused, choice.contrast), unseen, strict=True))
+    return {
+        role: counted(
+            classes[role][observed[layer].weights > 0]
+            if role in classes
+            else read(observed[layer].values, origin, gap)
+        )
+        for role, observed in found.items()
+        if layer in observed and len(observed[layer].values)
+    }
 
 
 def _directions(

@@ -11,7 +11,7 @@ from torch import Tensor
 from bake.activations import Conversation, Moments, collect
 from bake.directions import Directions
 from bake.fit.cosmic import CosmicScores
-from bake.fit.estimate import Activations, estimated, roles_shown
+from bake.fit.estimate import Activations, estimated
 from bake.fit.first_token import FirstToken
 from bake.fit.labels import Labelled
 from bake.fit.learned import LEARNED, Lesson, Said, refusal_openings
@@ -83,7 +83,7 @@ def directions_of(
             for layer in seen
         }
         for role, labels in evidence.labels.items()
-        if role in roles_shown(choice)
+        if seen[0] in evidence.moments.get(role, ())
     }
     cosmic = first_token = learn = None
     if scored or choice.estimator == "cosmic":

@@ -23,7 +23,7 @@ from bake.fit.kept import mean_key, probe_key, readout_key
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.place import Place, place_of
 from bake.fit.readout import ReadoutClass, ridge_readout
-from bake.fit.stream import stream_taps
+from bake.fit.stream import stream_taps, watching_taps
 from bake.fit.wrmd import confidence_weight
 from bake.hooks import Intervention
 from bake.judge import Judge
@@ -94,7 +94,10 @@ def fit(
     probes = _probes(model, plan, recipe)
     moments: dict[str, dict[Any, Moments]] = {}
     for role, found in conversations.items():
-        if taps := probes | _stream(place, base, recipe, seen, role, found):
+        taps = probes | _stream(place, base, recipe, seen, role, found)
+        if probes and role in labels and role not in roles_shown(recipe.fit):
+            taps |= watching_taps(place, seen, len(found))
+        if taps:
             moments[role] = collect(model, found, taps, progress=progress)
         else:
             progress(len(found))

@@ -11,7 +11,7 @@ from torch import Tensor
 from bake.errors import FitError
 from bake.fit.samples import Samples
 
-__all__ = ["Observed", "area_under_curve", "held_out", "pearson"]
+__all__ = ["Observed", "area_under_curve", "held_out", "held_out_readings", "pearson"]
 
 FOLDS = 5
 
@@ -70,40 +70,53 @@ def pearson(first: Tensor, second: Tensor) -> float | None:
 
 
 def held_out(
+    read: tuple[Tensor, Tensor] | None, refused: Observed, answered: Observed
+) -> dict[str, float]:
+    """`auc` and `r` of `held_out_readings`.
+
+    `auc` is over the two classes, `r` against c(x) over all prompts of both roles. Figures that
+    the data do not allow are left out. In place of accuracy on the fitting topics, where probes
+    are perfect even for labels that mean nothing (arXiv:2603.18280). r is the layer choice of
+    Refusal Steering (arXiv:2512.16602).
+    """
+    if read is None:
+        return {}
+    found = {"auc": area_under_curve(read[0][refused.weights > 0], read[1][answered.weights > 0])}
+    confidences = torch.cat([refused.confidences, answered.confidences])
+    r = pearson(torch.cat(read), confidences.to(torch.float64))
+    return found if r is None else found | {"r": r}
+
+
+def held_out_readings(
     estimate: Callable[[Samples, Samples], Tensor],
     refused: Observed,
     answered: Observed,
     folds: int = FOLDS,
-) -> dict[str, float]:
-    """`auc` and `r` of projections on directions that have not seen the prompt's topic.
+) -> tuple[Tensor, Tensor] | None:
+    """Projections of both roles' prompts on directions that have not seen the prompt's topic.
 
     Topics are dealt into folds; each fold's prompts are projected on the direction of the
-    others, 0 at the answered mean and 1 at the refused one. `auc` is over the two classes,
-    `r` against c(x) over all prompts of both roles. Figures that the data do not allow
-    are left out. In place of accuracy on the fitting topics, where probes are perfect even
-    for labels that mean nothing (arXiv:2603.18280). r is the layer choice of Refusal
-    Steering (arXiv:2512.16602).
+    others, 0 at the answered mean and 1 at the refused one. None where the data do not allow it.
     """
     topics = sorted(set(refused.topics) | set(answered.topics), key=_digest)
     places = {topic: place % folds for place, topic in enumerate(topics)}
-    read = [torch.zeros(len(one.values), dtype=torch.float64) for one in (refused, answered)]
+    first, second = (
+        torch.zeros(len(one.values), dtype=torch.float64) for one in (refused, answered)
+    )
     for fold in range(min(folds, len(topics))):
         left_out = [topic for topic in topics if places[topic] == fold]
         try:
             classes = refused.outside(left_out), answered.outside(left_out)
         except FitError:
-            return {}
+            return None
         direction = estimate(*classes)
         low, high = (float(one.mean @ direction) for one in reversed(classes))
         if not high > low:
-            return {}
-        for role, scores in zip((refused, answered), read, strict=True):
+            return None
+        for role, scores in ((refused, first), (answered, second)):
             rows = torch.tensor([places[topic] == fold for topic in role.topics])
             scores[rows] = (role.values[rows].to(torch.float64) @ direction - low) / (high - low)
-    found = {"auc": area_under_curve(read[0][refused.weights > 0], read[1][answered.weights > 0])}
-    confidences = torch.cat([refused.confidences, answered.confidences])
-    r = pearson(torch.cat(read), confidences.to(torch.float64))
-    return found if r is None else found | {"r": r}
+    return first, second
 
 
 def _digest(topic: str) -> str:

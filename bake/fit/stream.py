@@ -23,7 +23,7 @@ from bake.fit.samples import Samples, factor
 from bake.fit.scores import Observed
 from bake.recipe import Fit
 
-__all__ = ["FIGURED", "observed", "stream_taps"]
+__all__ = ["FIGURED", "observed", "stream_taps", "watching_taps"]
 
 # Prompts of a class, and of the others of its role, that the figures are of at least.
 FIGURED: Final = 256
@@ -53,6 +53,15 @@ def stream_taps(
         if _in_null_space(choice, role) and not whole:
             taps[f"all {layer}"] = place.tap(layer, "every last", "covariance")
     return taps
+
+
+def watching_taps(place: Place, layers: Iterable[int], count: int) -> dict[Any, Tap]:
+    """What to read of a role whose `count` prompts pass anyway and make no direction.
+
+    Some samples, to show where they lie along it.
+    """
+    rows = tuple(range(min(count, FIGURED)))
+    return {layer: place.tap(layer, "last", "mean", rows) for layer in layers}
 
 
 def observed(
