@@ -17,7 +17,7 @@ from bake.evidence import Evidence
 from bake.prompts.rows import HUB
 from bake.recipe import Add, PromptSource
 
-__all__ = ["Kind", "Place", "card", "check_card"]
+__all__ = ["JUDGES", "Kind", "Place", "card", "check_card"]
 
 Kind = Literal["checkpoint", "gguf", "adapter"]
 TAGS: Mapping[Kind, tuple[str, ...]] = {

@@ -455,6 +455,36 @@ def _pair(given: str) -> tuple[str, str]:
     return name, kind
 
 
+@cli.command("report")
+@click.argument("folder", metavar="DIR")
+@click.option("--output", metavar="FILE", help="The HTML file to write.")
+@click.option("--geometry", metavar="FILE", help="A JSON of `bake geometry`: trades and cosines.")
+@click.option(
+    "--selection", metavar="FILE", help="A JSON of `bake select`, or directions of `bake fit`."
+)
+@click.option("--figures", metavar="DIR", help="A folder for the figures as SVG.")
+@click.option("--overwrite", is_flag=True, help="Replace what is written if it exists.")
+def report_command(
+    folder: str,
+    output: str | None,
+    geometry: str | None,
+    selection: str | None,
+    figures: str | None,
+    overwrite: bool,
+) -> None:
+    """Draw a baked folder's report again, as one HTML file, with other evidence beside it."""
+    from pathlib import Path
+
+    from bake.html.files import report_to_file
+
+    if not output:
+        raise click.UsageError("--output is missing")
+    given = {"geometry": geometry, "scores": selection, "figures": figures}
+    beside = {name: Path(one) for name, one in given.items() if one}
+    report_to_file(Path(folder), Path(output), overwrite=overwrite, **beside)
+    click.echo(f"written: {output}" + (f", {figures}" if figures else ""))
+
+
 @cli.command("verify")
 @click.argument("folder", metavar="DIR")
 @click.option(

@@ -40,4 +40,4 @@ def mcnemar(one: int, other: int) -> float:
     """
     changed = one + other
     tail = sum(comb(changed, k) for k in range(min(one, other) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    return min(1.0, 2 * tail / (1 << changed))

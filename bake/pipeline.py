@@ -1,5 +1,6 @@
 """From a recipe to a published folder: plan, fit, write, verify, judge, publish."""
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from bake.fit.kept import write_kept
 from bake.fit.readings import HIGH, LOW
 from bake.fit.run import Fitted, fit, needs_prompts
 from bake.gguf_file import GGUFFile, part_names
+from bake.html.files import write_report
 from bake.imatrix import read_importance
 from bake.journal import Journal, hashed
 from bake.judge import Judge
@@ -607,6 +609,7 @@ def _record(
     }
     text = card(Evidence.of(content, loaded, NAME))
     (staging / "README.md").write_text(text, encoding="utf-8")
+    write_report(staging, json.loads(json.dumps(content)))
     outputs = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     content["outputs"] = {
         path.relative_to(staging).as_posix(): digest

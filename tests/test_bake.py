@@ -14,6 +14,7 @@ from bake.demo import Demo
 from bake.directions import load_directions
 from bake.errors import GuardError, VerificationError
 from bake.gguf_file import GGUFFile
+from bake.html.files import report_to_file
 from bake.llama import LlamaModel
 from bake.manifest import differences, read_outputs
 from bake.pipeline import DIRECTIONS, bake
@@ -82,6 +83,9 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
         "params",
         "political-open.gguf",
         "political-open.lora.gguf",
+        "report.html",
+        "figures/readings-layer-19.svg",
+        "figures/refusals-llama-cpp.svg",
         "steering/directions.safetensors",
         "steering/fit.safetensors",
         "tokenizer.json",
@@ -96,6 +100,21 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
     for runtime in ("llama.cpp", "llama.cpp, the LoRA on the base GGUF"):
         assert parity[runtime]["lost_share"] < 0.1
     assert manifest["measured"]["parity"]["transformers"]["lost_share"] < 1e-4
+
+
+def test_the_report_is_drawn_from_the_folder_alone(baked: Path, tmp_path: Path) -> None:
+    report_to_file(baked, tmp_path / "report.html", figures=tmp_path / "figures")
+    assert (tmp_path / "report.html").read_bytes() == (baked / "report.html").read_bytes()
+    assert files(tmp_path / "figures") == files(baked / "figures")
+    measured = json.loads((baked / "bake.json").read_text())["measured"]
+    assert measured["paired"].keys() == measured["refusals"]["after"].keys()
+    low, high = measured["refusals"]["after"]["llama.cpp"]["target"]["interval"]
+    assert 0 <= low < high <= 100
+    fitted = json.loads((baked / "bake.json").read_text())["fit"]
+    for by_role in fitted["readings"]["layers"].values():
+        # All of the protected prompts, and of the target those that the base refused.
+        assert sum(by_role["protected"]) == fitted["classes"]["protected"]["prompts"]
+        assert sum(by_role["target"]) == fitted["classes"]["target"]["refused"]
 
 
 def test_only_what_was_planned_differs_from_the_base(baked: Path, demo: Demo) -> None:

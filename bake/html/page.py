@@ -1,0 +1,183 @@
+"""Evidence as a page: the template with its values, the policy, and a limit to its size."""
+
+import hashlib
+import shlex
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import chain, zip_longest
+from pathlib import PurePath
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from bake.card import JUDGES
+from bake.directions.value import FIGURES
+from bake.evaluate import Paired, Rate
+from bake.html.evidence import Answer, Evidence, Manifest, named_figures
+from bake.html.figures import drawn
+from bake.html.figures.scores import series_of
+from bake.html.figures.trades import kinds_of
+from bake.html.svg import stylesheet
+from bake.recipe import Recipe, restore_recipe
+
+__all__ = ["page"]
+
+# A page stays below 3 MiB: the answers have what the rest of it does not need.
+ANSWER_BYTES = 2 << 20
+MARKUP_BYTES = 640
+CHANGES = ("opened", "closed", "refused", "answered", "unread")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A set in a runtime."""
+
+    role: str
+    before: Rate
+    after: Rate
+    changed: Paired | None
+
+    @property
+    def p(self) -> str:
+        """McNemar's p, short."""
+        p = self.changed.p if self.changed else 1.0
+        return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+
+
+def page(evidence: Evidence) -> str:
+    """The report as HTML; the same evidence gives the same text."""
+    bake, figures = evidence.manifest, drawn(evidence)
+    recipe = _recipe(bake)
+    answers = _kept(evidence.answers)
+    style, script = f"{_text('report.css')}\n{stylesheet()}", _text("report.js")
+    return _template().render(
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        bake=bake,
+        description=recipe.description,
+        judge=JUDGES[recipe.judge.kind].format(recipe.judge.model),
+        behaviour={runtime: list(_rows(bake, runtime)) for runtime in bake.measured.refusals.after},
+        paired=bool(bake.measured.paired),
+        figures={
+            kind: {name: Markup(figure.inline()) for name, figure in pictures.items()}
+            for kind, pictures in figures.items()
+        },
+        geometry=evidence.geometry,
+        curves=kinds_of(evidence.geometry) if evidence.geometry else {},
+        series=series_of(evidence),
+        chosen=any(one.chosen for one in evidence.scores),
+        meanings={name: FIGURES[name] for name in named_figures(evidence.scores)},
+        figure_names=[
+            name for name in FIGURES if any(name in one for one in bake.fit.figures.values())
+        ],
+        opened_roles=list(dict.fromkeys(chain.from_iterable(bake.fit.openings.values()))),
+        answers=answers,
+        left_out=len(evidence.answers) - len(answers),
+        runtimes=list(dict.fromkeys(one.runtime for one in answers)),
+        sets=list(dict.fromkeys(one.set for one in answers)),
+        changes=[name for name in CHANGES if any(_change(one) == name for one in answers)],
+        change=_change,
+        verdict=_verdict,
+        sides=_sides,
+        **_commands(bake),
+    )
+
+
+def _rows(bake: Manifest, runtime: str) -> Iterator[_Row]:
+    for role in bake.measured.refusals.after[runtime]:
+        both = bake.rate("before", runtime, role), bake.rate("after", runtime, role)
+        yield _Row(role, *both, bake.changed(runtime, role))
+
+
+def _kept(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers that fit on a page, as many of every set and runtime; in their order."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, one in enumerate(answers):
+        groups.setdefault((one.runtime, one.set), []).append(row)
+    kept, room = [], ANSWER_BYTES
+    for row in chain.from_iterable(zip_longest(*groups.values())):
+        if row is None:
+            continue
+        room -= MARKUP_BYTES + _size(answers[row])
+        if room < 0:
+            break
+        kept.append(row)
+    return [answers[row] for row in sorted(kept)]
+
+
+def _size(one: Answer) -> int:
+    """The bytes of an answer on the page, its texts escaped."""
+    words = (one.prompt, one.topic, one.before or "", one.after or "")
+    return sum(len(str(Markup.escape(text)).encode("utf-8", "replace")) for text in words)
+
+
+def _change(one: Answer) -> str:
+    """What became of a verdict, one of CHANGES."""
+    match one.refused_before, one.refused_after:
+        case (True, False):
+            return "opened"
+        case (False, True):
+            return "closed"
+        case (True, True):
+            return "refused"
+        case (False, False):
+            return "answered"
+    return "unread"
+
+
+def _verdict(refused: bool | None) -> str:
+    return "unread" if refused is None else "refused" if refused else "answered"
+
+
+def _sides(one: Answer) -> tuple[tuple[str, bool | None, str, str | None], ...]:
+    """Both answers: when, whether refused, the kind of refusal, what was said if that is shown."""
+    return (
+        ("before", one.refused_before, one.category_before, one.before),
+        ("after", one.refused_after, one.category_after, one.after),
+    )
+
+
+def _recipe(bake: Manifest) -> Recipe:
+    found = bake.recipe
+    return restore_recipe(found.text, found.source, found.overrides, "bake.json: recipe").recipe
+
+
+def _commands(bake: Manifest) -> dict[str, str]:
+    """The file that the recipe was, what to install, and the command that bakes it again."""
+    file = PurePath(bake.recipe.source).name
+    words = ["bake", "--recipe", file]
+    for override in bake.recipe.overrides:
+        name, _, value = override.partition(" ")
+        words += [name, value]
+    # The build of torch for one kind of processor is no name that an index has.
+    pins = (f"{name}=={version.partition('+')[0]}" for name, version in bake.versions.items())
+    return {"file": file, "command": shlex.join(words), "install": " ".join(pins)}
+
+
+def _policy(style: str, script: str) -> str:
+    """What the page may do: its own style and its own script, by their hashes, and nothing else."""
+    hashes = {
+        name: f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for name, text in (("style-src", style), ("script-src", script))
+    }
+    allowed = "; ".join(f"{name} {digest}" for name, digest in hashes.items())
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+
+
+@cache
+def _template() -> Template:
+    return Environment(
+        loader=PackageLoader("bake.html", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.jinja")
+
+
+def _text(name: str) -> str:
+    return files("bake.html").joinpath(name).read_text(encoding="utf-8").rstrip()
