@@ -8,7 +8,7 @@ a key/value cache in float32, and no flash attention.
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from os import PathLike, fspath
@@ -18,6 +18,8 @@ from typing import Any, Self
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from torch import Tensor
 
 from bake.errors import ArchitectureError, GGUFError, InputError, PromptError
@@ -210,6 +212,51 @@ class LlamaModel:
                     if progress is not None:
                         progress(1)
         return results
+
+    def stream(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
+        """Continue one prompt greedily, token by token, as `generate` does.
+
+        Raises `PromptError` as `generate`. Nothing else may be asked of the model meanwhile.
+        """
+        self._check_prompt(prompt, max_tokens, "the conversation")
+        llama_cpp.llama_memory_clear(self._memory, True)
+        slot = _Slot(0, prompt)
+        for _ in range(max_tokens):
+            ready: list[tuple[int, int]] = []
+            while not ready:
+                ready = self._step({0: slot})
+            token = ready[0][1]
+            if llama_cpp.llama_vocab_is_eog(self._vocabulary, token):
+                return
+            yield token
+            slot.pending = [token]
+
+    def render(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """The tokens of a conversation by the file's own chat template, up to the next answer.
+
+        `turns` are pairs of a role and its words. Rendered by llama-cpp-python, as its server
+        does (`llama_chat_format.Jinja2ChatFormatter`). Raises `GGUFError` where the file has no
+        template, or where it refuses the turns.
+        """
+        template = llama_cpp.llama_model_chat_template(self._model, None)
+        if not template:
+            raise GGUFError(
+                f"{self._path}: has no tokenizer.chat_template; give a GGUF of a chat model"
+            )
+        begin, end = (
+            self.detokenize([token]) if token >= 0 else ""
+            for token in (
+                int(llama_cpp.llama_vocab_bos(self._vocabulary)),
+                int(llama_cpp.llama_vocab_eos(self._vocabulary)),
+            )
+        )
+        messages: Any = [{"role": role, "content": text} for role, text in turns]
+        try:
+            formatter = Jinja2ChatFormatter(template.decode("utf-8", "replace"), end, begin)
+            text = formatter(messages=messages).prompt
+        except (TemplateError, ValueError, TypeError) as error:
+            raise GGUFError(f"{self._path}: its chat template refuses this: {error}") from error
+        return self.tokenize(text)
 
     def set_control_vector(self, vectors: Tensor | None) -> None:
         """Add row L of `vectors`, [layers, hidden], to the output of block L; None ends it.

@@ -189,7 +189,11 @@ class LiveModel:
 
         Raises CheckpointError when the chat template leaves the prompt out, or the system's.
         """
-        return list(self._templated(prompt, self._takes_parts, tokenize=True))
+        return self.render_turns([("user", prompt)])
+
+    def render_turns(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """As `render`, of a conversation: pairs of a role, `user` or `assistant`, and its words."""
+        return list(self._templated(turns, self._takes_parts, tokenize=True))
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -199,7 +203,10 @@ class LiveModel:
         """
         for parts in (False, True):
             with suppress(TemplateError, TypeError):
-                one, two = (self._templated(text, parts, tokenize=False) for text in ("one", "two"))
+                one, two = (
+                    self._templated([("user", text)], parts, tokenize=False)
+                    for text in ("one", "two")
+                )
                 if one != two and (self.system or "").strip() in one:
                     return parts
         raise CheckpointError(
@@ -211,12 +218,12 @@ class LiveModel:
             )
         )
 
-    def _templated(self, prompt: str, parts: bool, *, tokenize: bool) -> Any:
-        turns = [("system", self.system)] if self.system else []
+    def _templated(self, turns: Sequence[tuple[str, str]], parts: bool, *, tokenize: bool) -> Any:
+        system = [("system", self.system)] if self.system else []
         return self.tokenizer.apply_chat_template(
             [
                 {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
-                for role, text in [*turns, ("user", prompt)]
+                for role, text in [*system, *turns]
             ],
             add_generation_prompt=True,
             tokenize=tokenize,

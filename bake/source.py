@@ -6,7 +6,7 @@ from pathlib import Path
 from bake.errors import CheckpointError, GGUFError
 from bake.recipe import Recipe
 
-__all__ = ["BaseModel", "Source", "base_model", "find_source"]
+__all__ = ["BaseModel", "Source", "base_model", "find_folder", "find_source"]
 
 # What a bake reads of a Hub repository: no other framework's copy of the weights.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*"]
@@ -50,7 +50,7 @@ def find_source(recipe: Recipe) -> Source:
     """
     from bake.demo import materialise
 
-    folder = materialise().model if recipe.model == "demo" else _folder(recipe)
+    folder = find_folder(recipe.model, recipe.revision)
     base = recipe.export.gguf.base if recipe.export.gguf else None
     if base is None:
         return Source(folder, None)
@@ -69,20 +69,26 @@ def find_source(recipe: Recipe) -> Source:
     return Source(folder, gguf)
 
 
-def _folder(recipe: Recipe) -> Path:
-    path = Path(recipe.model)
+def find_folder(model: str, revision: str | None = None) -> Path:
+    """A checkpoint's folder: the demo's, one on disk, or what the Hub has at a revision.
+
+    Raises CheckpointError where there is none of these.
+    """
+    from bake.demo import materialise
+
+    if model == "demo":
+        return materialise().model
+    path = Path(model)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(recipe.model, revision=recipe.revision, allow_patterns=PATTERNS)
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"model: {recipe.model}: no such folder, and the Hub gave none ({reason}); "
+            f"model: {model}: no such folder, and the Hub gave none ({reason}); "
             "give a local folder or a Hub id, and log in for a gated one"
         ) from error

@@ -1,0 +1,1 @@
+"""Talking to models: one conversation, or two answers side by side."""
