@@ -5,6 +5,8 @@ import copy
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +23,7 @@ from bake.directions.value import Origin
 from bake.html.svg import Figure, Scale, ticks
 from tests.conftest import Run
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ROLES = ("target", "protected", "lookalike", "general")
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&\x1b[2J\u202e\ud800"
 RECIPE = """\
@@ -212,7 +215,7 @@ def test_everything_that_the_evidence_has_is_shown(bake: Run, place: Path) -> No
     for words in ("90.0 %", "36/40", "[76.9, 96.0]", "-80.0", "33 opened", "4e-09", "4.0e-02"):
         assert words in text
     assert "bake --recipe open.yaml --set seed=4" in text
-    assert "torch==2.13.0" in text
+    assert "pip install torch==2.13.0\n" in text
     assert "<b>bold</b> & more" in text
     assert {path.name for path in (place / "figures").iterdir()} == {
         "refusals-llama-cpp.svg", "scores-auc.svg", "cosines-map.svg", "readings-layer-3.svg",
@@ -221,6 +224,28 @@ def test_everything_that_the_evidence_has_is_shown(bake: Run, place: Path) -> No
     for path in (place / "figures").iterdir():
         root = ElementTree.fromstring(path.read_text())
         assert root.find("{http://www.w3.org/2000/svg}style") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+def test_a_browser_runs_the_page(bake: Run, place: Path) -> None:
+    """Its script under its own policy, without a word on the console."""
+    write(place, geometry=GEOMETRY, selection=SELECTION)
+    arguments = ("--geometry", "geometry.json", "--selection", "selection.json")
+    assert bake("report", "open", "--output", "report.html", *arguments)[0] == 0
+    assert CHROMIUM is not None
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
+    folder = f"--user-data-dir={place / 'browser'}"
+    address = (place / "report.html").as_uri()
+    done = subprocess.run(
+        [CHROMIUM, *options, folder, "--dump-dom", address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr
+    assert '<output id="shown">4 of 4 shown</output>' in done.stdout
+    assert '<form id="filter">' in done.stdout
 
 
 def test_what_is_not_there_is_left_out(bake: Run, place: Path) -> None:

@@ -129,6 +129,25 @@ class _Recipe(_Read):
     overrides: list[str]
 
 
+class _Origin(_Read):
+    estimator: str = ""
+    source: str = ""
+
+
+class _Guard(_Read):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    protected_drop: float
+
+
+class _Versions(_Read):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
+
+    bake: str
+
+
 class Manifest(_Read):
     """The part of `bake.json` that a report shows."""
 
@@ -136,16 +155,16 @@ class Manifest(_Read):
     recipe: _Recipe
     model: str
     seed: int
-    versions: dict[str, str]
+    versions: _Versions
     inputs: dict[str, str]
     prompts: dict[str, dict[str, str]]
-    directions: dict[str, str | None]
+    directions: _Origin
     plan: _Plan
     fit: _Fit
     residuals: dict[str, float]
     gguf: list[_Patched]
     measured: _Measured
-    guard: dict[str, float | None]
+    guard: _Guard
 
     def rate(self, when: Literal["before", "after"], runtime: str, role: str) -> Rate:
         """Refusals of a set in a runtime."""

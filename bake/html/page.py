@@ -147,14 +147,18 @@ def _recipe(bake: Manifest) -> Recipe:
 
 
 def _commands(bake: Manifest) -> dict[str, str]:
-    """The file that the recipe was, what to install, and the command that bakes it again."""
+    """What the recipe's file was called, what stands beside bake, and the command that bakes."""
     file = PurePath(bake.recipe.source).name
     words = ["bake", "--recipe", file]
     for override in bake.recipe.overrides:
         name, _, value = override.partition(" ")
         words += [name, value]
     # The build of torch for one kind of processor is no name that an index has.
-    pins = (f"{name}=={version.partition('+')[0]}" for name, version in bake.versions.items())
+    pins = (
+        f"{name}=={version.partition('+')[0]}"
+        for name, version in bake.versions.model_dump().items()
+        if name != "bake"
+    )
     return {"file": file, "command": shlex.join(words), "install": " ".join(pins)}
 
 

@@ -20,6 +20,8 @@
       element.hidden = !fits;
       count += fits;
     }
+    // Paper has room for what somebody chose.
+    form.parentElement.classList.toggle("filtered", count < answers.length);
     shown.textContent = `${count} of ${answers.length} shown`;
   };
   form.addEventListener("input", filter);

@@ -11,7 +11,7 @@ from math import ceil, floor, log10
 from typing import Final
 from xml.etree import ElementTree
 
-__all__ = ["Figure", "Scale", "number", "stylesheet", "ticks"]
+__all__ = ["Figure", "Scale", "line_kinds", "number", "stylesheet", "ticks"]
 
 NAMESPACE: Final = "http://www.w3.org/2000/svg"
 # XML has no other control characters than tab and line breaks.
@@ -130,6 +130,12 @@ class Figure:
     def _tipped(self, mark: ElementTree.Element, tip: str) -> None:
         if tip:
             ElementTree.SubElement(mark, "title").text = tip.translate(CONTROLS)
+
+
+def line_kinds(names: Iterable[str]) -> dict[str, str]:
+    """A class for each name: six colours, then these dashed, then one for all others."""
+    kinds = [f"s{place % 6}{' dashed' * (place // 6)}" for place in range(12)]
+    return {name: kinds[place] if place < 12 else "other" for place, name in enumerate(names)}
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:

@@ -3,19 +3,17 @@
 from collections.abc import Mapping
 
 from bake.html.evidence import Evidence, named_figures
-from bake.html.svg import Figure, Scale, ticks
+from bake.html.svg import Figure, Scale, line_kinds, ticks
 
 __all__ = ["scores", "series_of"]
 
 WIDTH, HEIGHT = 330, 190
 LEFT, RIGHT, TOP, BOTTOM = 42, 320, 24, 152
-COLOURS = 6
 
 
 def series_of(evidence: Evidence) -> dict[str, str]:
-    """The class of every series, which is one site and token; the first six have colours."""
-    names = list(dict.fromkeys(one.series for one in evidence.scores))
-    return {name: f"s{place}" if place < COLOURS else "other" for place, name in enumerate(names)}
+    """The class of every series, which is one site and token."""
+    return line_kinds(dict.fromkeys(one.series for one in evidence.scores))
 
 
 def scores(evidence: Evidence) -> Mapping[str, Figure]:

@@ -4,22 +4,19 @@ from collections.abc import Mapping, Sequence
 from math import copysign, sqrt
 
 from bake.html.evidence import Evidence, Geometry, Point
-from bake.html.svg import Figure, Scale, ticks
+from bake.html.svg import Figure, Scale, line_kinds, ticks
 
 __all__ = ["kinds_of", "trades"]
 
 WIDTH, HEIGHT = 330, 230
 LEFT, RIGHT, TOP, BOTTOM = 34, 320, 24, 184
-COLOURS = 6
+CONTROLS = ("generic", "random")
 
 
 def kinds_of(geometry: Geometry) -> dict[str, str]:
-    """The class of every curve; the first kinds have colours, the controls lines of their own."""
-    named = [name for name in geometry.trades.curves if name not in geometry.controls]
-    coloured = {
-        name: f"s{place}" if place < COLOURS else "other" for place, name in enumerate(named)
-    }
-    return coloured | {name: name for name in ("generic", "random") if name in geometry.controls}
+    """The class of every curve; the controls have lines of their own."""
+    coloured = line_kinds(name for name in geometry.trades.curves if name not in CONTROLS)
+    return coloured | {name: name for name in CONTROLS if name in geometry.trades.curves}
 
 
 def trades(evidence: Evidence) -> Mapping[str, Figure]:
