@@ -8,7 +8,7 @@ a key/value cache in float32, and no flash attention.
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from os import PathLike, fspath
@@ -234,29 +234,38 @@ class LlamaModel:
     def render(self, turns: Sequence[tuple[str, str]]) -> list[int]:
         """The tokens of a conversation by the file's own chat template, up to the next answer.
 
-        `turns` are pairs of a role and its words. Rendered by llama-cpp-python, as its server
-        does (`llama_chat_format.Jinja2ChatFormatter`). Raises `GGUFError` where the file has no
-        template, or where it refuses the turns.
+        `turns` are pairs of a role and its words. Raises `GGUFError` where the file has no
+        template or no vocabulary, or where the template refuses the turns.
+        """
+        if llama_cpp.llama_vocab_type(self._vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            raise GGUFError(f"{self._path}: has no vocabulary; give a GGUF of a chat model")
+        try:
+            text = self.templated([{"role": role, "content": words} for role, words in turns])
+        except (TemplateError, ValueError, TypeError) as error:
+            raise GGUFError(f"{self._path}: its chat template refuses this: {error}") from error
+        return self.tokenize(text)
+
+    def templated(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """A conversation as text, by llama-cpp-python's own formatter, as its server does.
+
+        Messages and tools as in OpenAI's API. Raises `GGUFError` where the file has no template,
+        and whatever the template does where it refuses the messages.
         """
         template = llama_cpp.llama_model_chat_template(self._model, None)
         if not template:
             raise GGUFError(
                 f"{self._path}: has no tokenizer.chat_template; give a GGUF of a chat model"
             )
-        begin, end = (
-            self.detokenize([token]) if token >= 0 else ""
-            for token in (
-                int(llama_cpp.llama_vocab_bos(self._vocabulary)),
-                int(llama_cpp.llama_vocab_eos(self._vocabulary)),
-            )
+        ends = (
+            llama_cpp.llama_vocab_eos(self._vocabulary),
+            llama_cpp.llama_vocab_bos(self._vocabulary),
         )
-        messages: Any = [{"role": role, "content": text} for role, text in turns]
-        try:
-            formatter = Jinja2ChatFormatter(template.decode("utf-8", "replace"), end, begin)
-            text = formatter(messages=messages).prompt
-        except (TemplateError, ValueError, TypeError) as error:
-            raise GGUFError(f"{self._path}: its chat template refuses this: {error}") from error
-        return self.tokenize(text)
+        # A token that the vocabulary has not is -1.
+        end, begin = (self.detokenize([token]) if token >= 0 else "" for token in map(int, ends))
+        formatter: Any = Jinja2ChatFormatter(template.decode("utf-8", "replace"), end, begin)
+        return str(formatter(messages=list(map(dict, messages)), tools=list(tools) or None).prompt)
 
     def set_control_vector(self, vectors: Tensor | None) -> None:
         """Add row L of `vectors`, [layers, hidden], to the output of block L; None ends it.

@@ -139,7 +139,7 @@ def test_compare_shows_both_answers(
     [
         ("no.gguf", None, GGUFError, r"no\.gguf: no such file"),
         ("no.gguf", "transformers", GGUFError, r"take --runtime llama\.cpp"),
-        ("empty", "llama.cpp", GGUFError, r"outputs: 0 GGUFs"),
+        ("empty", "llama.cpp", GGUFError, "empty: has no GGUF"),
         ("empty", None, CheckpointError, "empty"),
     ],
 )
@@ -153,7 +153,8 @@ def test_what_cannot_speak_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("empty", "bake.json").write_text('{"outputs": {"a.lora.gguf": "", "config.json": ""}}')
+    manifest = '{"name": "a", "outputs": {"a.lora.gguf": "", "config.json": ""}}'
+    Path("empty", "bake.json").write_text(manifest)
     with pytest.raises(error, match=words), speaker(model, runtime, 64):  # type: ignore[arg-type]
         pass
 

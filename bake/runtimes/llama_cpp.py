@@ -5,7 +5,6 @@ from pathlib import Path
 
 import llama_cpp
 import torch
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from torch import Tensor
 
 from bake.arch import Arch
@@ -42,19 +41,12 @@ class LlamaCpp:
 
     def render(self, conversation: Conversation) -> str:
         """As above; VerificationError where the file has no template."""
-        template = self._file.metadata.get(CHAT_TEMPLATE)
-        if not isinstance(template, str):
+        if not isinstance(self._file.metadata.get(CHAT_TEMPLATE), str):
             raise VerificationError(
                 f"{self._file.path}: has no {CHAT_TEMPLATE}, so every runtime guesses one; give a "
                 "base GGUF that was converted with the checkpoint's tokenizer"
             )
-        begin, end = (self._special(name) for name in ("bos", "eos"))
-        formatter = Jinja2ChatFormatter(template, eos_token=end, bos_token=begin)
-        found = formatter(
-            messages=[dict(turn) for turn in conversation.turns],
-            tools=list(conversation.tools) or None,
-        )
-        return str(found.prompt)
+        return self._model.templated(conversation.turns, conversation.tools)
 
     def tokenize(self, text: str) -> list[int]:
         """As in the protocol; VerificationError where the file has no vocabulary.
@@ -79,7 +71,3 @@ class LlamaCpp:
 
     def close(self) -> None:  # noqa: D102
         self._model.close()
-
-    def _special(self, name: str) -> str:
-        number = self._file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return self._model.detokenize([number]) if isinstance(number, int) else ""

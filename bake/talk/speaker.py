@@ -12,7 +12,7 @@ from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.errors import GGUFError
 from bake.llama import LlamaModel
-from bake.manifest import NAME, read_outputs
+from bake.manifest import read_manifest
 from bake.model import LiveModel
 from bake.source import find_folder
 from bake.talk.streamed import streamed
@@ -107,15 +107,9 @@ def _gguf(model: str) -> Path:
         if not path.is_file():
             raise GGUFError(f"{model}: no such file; llama.cpp takes a .gguf or a baked folder")
         return path
-    names = [
-        name
-        for name in read_outputs(path)
-        if re.fullmatch(r"[^/]+(?<!\.lora)(?<!\.vector)\.gguf", name)
-        and not re.search(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$", name)
-    ]
-    if len(names) != 1:
-        raise GGUFError(
-            f"{path / NAME}: outputs: {len(names)} GGUFs of the model, one was expected; name the "
-            "file, or take --runtime transformers"
-        )
+    manifest = read_manifest(path)
+    parts = rf"{re.escape(str(manifest.get('name')))}(-00001-of-\d{{5}})?\.gguf"
+    names: list[str] = [name for name in manifest["outputs"] if re.fullmatch(parts, name)]
+    if not names:
+        raise GGUFError(f"{path}: has no GGUF; take --runtime transformers")
     return path / names[0]
