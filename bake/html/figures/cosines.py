@@ -27,6 +27,6 @@ def cosines(evidence: Evidence) -> Mapping[str, Figure]:
             tip = f"{name}, {found.names[column]}: {value:.3f}"
             kind = "plus" if value > 0 else "minus"
             figure.box(corner, (CELL - 1, CELL - 1), kind, min(abs(value), 1.0) * 0.6, tip)
-            words = f"{value:.2f}".replace("0.", ".", 1)
+            words = f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1)
             figure.text(corner[0] + CELL / 2, y + CELL / 2 + 3, words, "cell", "middle")
     return {"map": figure}
