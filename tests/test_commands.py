@@ -77,7 +77,7 @@ def test_a_shell_completes_commands_and_recipes() -> None:
         done = subprocess.run(["bake"], env=os.environ | asked, capture_output=True, text=True)
         return done.stdout.split()
 
-    assert completed("bake rep", 1) == ["plain,reproduce"]
+    assert completed("bake repr", 1) == ["plain,reproduce"]
     assert completed("bake plan --recipe pol", 3) == ["file,pol", "plain,political-open"]
 
 
