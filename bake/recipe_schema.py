@@ -495,6 +495,15 @@ class Conversion(_Section):
     def _short_form(cls, value: object) -> object:
         return {"type": value} if isinstance(value, str) else value
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The short form too."""
+        reference = handler(core)
+        full = handler.resolve_ref_schema(reference)
+        return {"anyOf": [full["properties"]["type"], reference]}
+
     @model_validator(mode="after")
     def _used(self) -> "Conversion":
         findings: list[tuple[tuple[str | int, ...], str]] = []
