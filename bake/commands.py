@@ -143,7 +143,7 @@ def plan_command(
     import json
     from pathlib import Path
 
-    from bake.pipeline import prepare, saved_form
+    from bake.prepare import prepare, saved_form
     from bake.recipe import load_recipe
     from bake.saved_plan import save_plan
 

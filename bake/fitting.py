@@ -20,8 +20,8 @@ from bake.journal import Journal
 from bake.judge import Judge
 from bake.judge.choice import find_judge
 from bake.model import LiveModel
-from bake.pipeline import Prepared, base_hashes, prepare, run_of
 from bake.plan import direction_layers
+from bake.prepare import Prepared, base_hashes, prepare, run_of
 from bake.progress import note, progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe

@@ -32,8 +32,8 @@ from bake.judge import Judge
 from bake.judge.choice import find_judge
 from bake.judge.thinking import Thinking
 from bake.model import Batch, LiveModel, batches
-from bake.pipeline import Prepared, prepare
 from bake.plan import direction_layers
+from bake.prepare import Prepared, prepare
 from bake.progress import progress
 from bake.prompts import Prompt, load_splits
 from bake.prompts.kinds import KINDS

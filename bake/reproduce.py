@@ -11,7 +11,8 @@ from bake.evaluate import Rate
 from bake.evidence import Evidence
 from bake.hub.repositories import ADAPTER, CARD
 from bake.manifest import file_hash
-from bake.pipeline import bake, prepare
+from bake.pipeline import bake
+from bake.prepare import prepare
 from bake.progress import progress
 from bake.recipe import LoadedRecipe
 

@@ -33,8 +33,8 @@ from bake.judge.choice import find_judge
 from bake.judge.thinking import Thinking
 from bake.model import LiveModel, batches
 from bake.ops import OPERATORS, Measured
-from bake.pipeline import Prepared, prepare
 from bake.plan import direction_layers
+from bake.prepare import Prepared, prepare
 from bake.recipe import Gate, load_recipe
 from bake.recipe_values import Estimator
 from bake.verify import divergence

@@ -59,8 +59,8 @@ from bake.imatrix import read_importance, write_importance
 from bake.judge.choice import find_judge
 from bake.llama import LlamaModel, _backend_log
 from bake.model import LiveModel
-from bake.pipeline import Prepared, prepare
 from bake.plan import Plan
+from bake.prepare import Prepared, prepare
 from bake.recipe import load_recipe
 from bake.stream import write_checkpoint
 from bake.verify import Divergence

@@ -17,9 +17,10 @@ from bake.gguf_file import GGUFFile
 from bake.html.files import report_to_file
 from bake.llama import LlamaModel
 from bake.manifest import differences, read_outputs
-from bake.pipeline import DIRECTIONS, bake
+from bake.pipeline import bake
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
+from bake.record import DIRECTIONS
 from bake.runtimes.verify import verify_runtimes
 
 SMALL = (
@@ -59,7 +60,7 @@ def files(folder: Path) -> set[str]:
 def few_inputs() -> Iterator[None]:
     """What a rounding is weighed by needs no more of the prompts and texts here."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("bake.pipeline.SHOWN", 8)
+        patched.setattr("bake.writing.SHOWN", 8)
         yield
 
 

@@ -29,8 +29,10 @@ from bake.fitting import fit_to_file
 from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel, batches
 from bake.ops.ablate import orthonormal
-from bake.pipeline import DIRECTIONS, bake, prepare
+from bake.pipeline import bake
+from bake.prepare import prepare
 from bake.recipe import Fit, LoadedRecipe, load_recipe
+from bake.record import DIRECTIONS
 from tests.conftest import Run
 from tests.test_fit_command import OF_PASSES, states
 from tests.tiny import write_place, write_tiny

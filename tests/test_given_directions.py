@@ -17,9 +17,11 @@ from bake.errors import DirectionsError, FitError
 from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.manifest import file_hash
 from bake.model import LiveModel
-from bake.pipeline import DIRECTIONS, bake, prepare
+from bake.pipeline import bake
+from bake.prepare import prepare
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
+from bake.record import DIRECTIONS
 from tests.tiny import write_place
 
 RECIPE = """\

@@ -44,13 +44,13 @@ runtimes: [transformers]
 KILLED = """\
 import os, sys
 from pathlib import Path
-import bake.pipeline
+import bake.writing
 from bake.commands import main
 def kill(*_):
     Path("busy").touch()
     sys.stdin.read()
     os.kill(os.getpid(), 9)
-bake.pipeline.check_files = kill
+bake.writing.check_files = kill
 main()
 """
 

@@ -18,7 +18,7 @@ from bake.fit.select import Candidate, best
 from bake.fit.shifted import shifted
 from bake.fitting import fit_to_file, select_to_file
 from bake.model import LiveModel
-from bake.pipeline import prepare
+from bake.prepare import prepare
 from bake.prompts import load_splits
 from bake.recipe import LoadedRecipe, load_recipe
 from tests.conftest import Run

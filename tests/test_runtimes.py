@@ -22,8 +22,9 @@ from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
 from bake.manifest import read_manifest, write_manifest
 from bake.model import LiveModel
-from bake.pipeline import KEPT, bake
+from bake.pipeline import bake
 from bake.recipe import load_recipe
+from bake.record import KEPT
 from bake.runtimes.baked import Baked
 from bake.runtimes.check import Finding, check_runtime, first_difference
 from bake.runtimes.facts import FACTS, table

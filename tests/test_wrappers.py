@@ -22,8 +22,8 @@ from bake.hooks import on_output, steered
 from bake.model import Batch, LiveModel
 from bake.ops.ablate import orthonormal
 from bake.ops.gate import Gate
-from bake.pipeline import prepare
 from bake.plan import make_plan
+from bake.prepare import prepare
 from bake.recipe import Recipe
 from tests.through_disk import (
     BATCH,

@@ -20,11 +20,11 @@ from bake.fit.kept import built_again, read_kept
 from bake.gguf_file import GGUFFile
 from bake.hooks import Intervention
 from bake.manifest import NAME, file_hash, read_manifest
-from bake.pipeline import DIRECTIONS, KEPT
 from bake.plan import Plan, make_plan
 from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import Recipe, restore_recipe
+from bake.record import DIRECTIONS, KEPT
 from bake.source import find_source
 
 __all__ = ["Baked"]

@@ -1,0 +1,275 @@
+"""What a bake writes of the model: the checkpoint, the GGUF, LoRAs and vectors, each read back."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from bake.checkpoint import Checkpoint
+from bake.directions import Directions, save_directions
+from bake.edits import Edit
+from bake.errors import VerificationError
+from bake.export.adapter import write_gguf_lora, write_peft
+from bake.export.conversion import TEXT, Reference, Road, survivals
+from bake.export.converter import find_converter
+from bake.export.gguf import PatchedTensor, patch
+from bake.export.inputs import input_moments
+from bake.export.layout import gguf_edits, patch_gguf
+from bake.export.provenance import provenance
+from bake.export.requantise import F32, EditedType
+from bake.fit.run import Fitted
+from bake.gguf_file import GGUFFile, part_names
+from bake.imatrix import read_importance
+from bake.model import LiveModel
+from bake.ops.add import Add
+from bake.prepare import Prepared
+from bake.progress import progress
+from bake.recipe import LoadedRecipe
+from bake.staging import journal_of
+from bake.stream import write_checkpoint
+from bake.verify import check_files
+
+__all__ = ["Written", "aside_of", "converted", "edits_of", "reference_of", "road_of", "write_all"]
+
+# An edit that rounds away is not in the file, whatever the file says; auto asks for more.
+SURVIVING = 0.9
+ADAPTER = Path("adapter")
+# Prompts of each set, and texts, that the roundings of a GGUF are weighed by.
+SHOWN = 32
+PASSAGE_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors.
+
+    `said` are the keys of its metadata that say where it comes from, `lora` is the name of the
+    LoRA for llama.cpp, `conversion` what the manifest says of one, and `exact` the file of
+    unedited weights of its type with the edits in full.
+    """
+
+    residuals: Mapping[str, float]
+    gguf: str | None
+    patched: tuple[PatchedTensor, ...]
+    said: tuple[str, ...] = ()
+    lora: str | None = None
+    conversion: Mapping[str, object] | None = None
+    exact: Path | None = None
+
+
+def edits_of(ready: Prepared, fitted: Fitted) -> dict[str, list[Edit]]:
+    """The edits by tensor, which are those of the plan."""
+    edits: dict[str, list[Edit]] = {}
+    for one in fitted.interventions:
+        for edit in one.edits():
+            edits.setdefault(edit.tensor, []).append(edit)
+    if set(edits) != {edit.tensor for edit in ready.plan.edits}:
+        raise VerificationError("the fit made other edits than the plan; this is a bug of bake")
+    return edits
+
+
+def write_all(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    model: LiveModel,
+    fitted: Fitted,
+    edits: Mapping[str, Sequence[Edit]],
+    staging: Path,
+) -> Written:
+    """Write the checkpoint and what is made of the base; read it back: the rest is as it was."""
+    residuals: dict[str, float] = {}
+    if ready.recipe.export.safetensors:
+        residuals = _write_safetensors(ready, edits, staging, journal_of(staging))
+    _write_vectors(ready, fitted, edits, staging)
+    export = ready.recipe.export.gguf
+    if ready.gguf is None or export is None or export.convert:
+        return Written(residuals, None, ())
+    output = staging / f"{ready.recipe.name}.gguf"
+    inputs = _inputs(ready, model, ready.gguf, fitted, edits)
+    template = model.tokenizer.chat_template
+    said = provenance(ready.gguf, loaded, template if isinstance(template, str) else None)
+    patched = _patch(ready, ready.gguf, edits, inputs, said, output)
+    name = part_names(output, len(ready.gguf.files))[0].name
+    if "gguf" not in ready.recipe.export.adapters:
+        return Written(residuals, name, patched, tuple(said))
+    lora = staging / f"{ready.recipe.name}.lora.gguf"
+    write_gguf_lora(edits, ready.gguf, ready.arch, ready.base.config, ready.recipe.name, lora)
+    return Written(residuals, name, patched, tuple(said), lora.name)
+
+
+def _write_safetensors(
+    ready: Prepared,
+    edits: Mapping[str, Sequence[Edit]],
+    folder: Path,
+    journal: Path | None = None,
+) -> dict[str, float]:
+    plan, base = ready.plan, ready.base
+    size = sum(info.stop - info.start for info in base.tensors.values())
+    with progress("safetensors", size) as update:
+        write_checkpoint(
+            *(base, edits, plan.created, plan.config, folder, update),
+            renamed=plan.renamed,
+            journal=journal,
+        )
+    return check_files(base, Checkpoint.open(folder), edits, plan.created, plan.renamed)
+
+
+def road_of(ready: Prepared, llama_cpp: Path | None) -> Road | None:
+    """How the recipe converts, if it does; what can be refused before a model is loaded is."""
+    export = ready.recipe.export.gguf
+    if export is None or export.convert is None:
+        return None
+    given = export.convert.imatrix
+    if given not in (None, TEXT):
+        read_importance(Path(str(given)))
+    return Road.of(
+        *(find_converter(llama_cpp), export.convert, ready.base, ready.recipe.name),
+        mix=ready.gguf,
+        edited=_edited_matrices(ready),
+        edited_type=export.named_type,
+    )
+
+
+def _edited_matrices(ready: Prepared) -> list[str]:
+    """The base's matrices that the plan edits, as a GGUF names them."""
+    names = [edit.tensor for edit in ready.plan.edits if len(edit.shape) > 1]
+    return sorted({ready.arch.gguf_name(name) for name in names if name in ready.base.tensors})
+
+
+def reference_of(ready: Prepared, road: Road, aside: Path) -> Reference:
+    """The base through the converter: what that refuses is refused before anything is fitted."""
+    texts = [one.text for one in ready.texts.fit]
+    model = LiveModel.load(ready.base.folder, ready.arch, torch.float32)
+    return road.reference(ready.base.folder, model, texts, aside)
+
+
+@contextmanager
+def aside_of(staging: Path) -> Iterator[Path]:
+    """A folder on the output's disk for files of the model that are not published."""
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as folder:
+        yield Path(folder)
+
+
+def converted(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    road: Road,
+    reference: Reference,
+    edits: Mapping[str, Sequence[Edit]],
+    written: Written,
+    staging: Path,
+    aside: Path,
+) -> Written:
+    """Convert what was baked, say where it comes from, and measure every edited matrix."""
+    folder, output = staging, staging / f"{ready.recipe.name}.gguf"
+    plan, arch, config = ready.plan, ready.arch, ready.base.config
+    if not ready.recipe.export.safetensors:
+        folder = aside / "baked"
+        folder.mkdir()
+        written = replace(written, residuals=_write_safetensors(ready, edits, folder))
+    patched = aside / "patched.gguf"
+    patch_gguf(plan, arch, config, reference.full, edits, patched, edited_type=F32)
+    whole, made = GGUFFile.open(patched), aside / "converted.gguf"
+    made_file = road.baked(folder, made, reference, plan, arch, whole, aside)
+    patched.unlink()
+    said = provenance(made_file, loaded, None)
+    patch(made_file, {}, output, edited_type=F32, pairs=said)
+    made.unlink()
+    file = GGUFFile.open(output)
+    if reference.file is not reference.full:
+        # The hooked model in llama.cpp: the edits in full on the reference's own weights.
+        patch_gguf(plan, arch, config, reference.file, edits, patched, edited_type=F32)
+    moved = gguf_edits(edits, arch, config)
+    renamed = plan.insertion.of_gguf().renamed(reference.full.tensors)
+    measured = survivals(reference, file, moved, renamed)
+    _check_survival(measured, output.name, "set export.gguf.convert to a larger type")
+    if road.asked.imatrix == TEXT and reference.importance:
+        road.save_importance(reference.importance.renamed(renamed), staging)
+    conversion = {
+        **road.asked.model_dump(),
+        "outtype": road.outtype,
+        "apart": reference.apart,
+    }
+    exact = patched if patched.exists() else None
+    return replace(
+        written,
+        gguf=output.name,
+        patched=measured,
+        said=tuple(said),
+        conversion=conversion,
+        exact=exact,
+    )
+
+
+def _write_vectors(
+    ready: Prepared, fitted: Fitted, edits: Mapping[str, Sequence[Edit]], staging: Path
+) -> None:
+    """Write what stands beside a base that is not changed: a LoRA for PEFT, a control vector."""
+    recipe = ready.recipe
+    if "peft" in recipe.export.adapters:
+        write_peft(edits, ready.base, ready.arch, recipe.model, staging / ADAPTER)
+    if recipe.export.control_vector:
+        vectors: dict[int, Tensor] = {}
+        for one in fitted.interventions:
+            assert isinstance(one, Add)
+            vectors[one.layer] = vectors.get(one.layer, 0) + one.vector
+        save_directions(
+            Directions(vectors, fitted.directions.origin), staging / f"{recipe.name}.vector.gguf"
+        )
+
+
+def _inputs(
+    ready: Prepared,
+    model: LiveModel,
+    base: GGUFFile,
+    fitted: Fitted,
+    edits: Mapping[str, Sequence[Edit]],
+) -> dict[str, Tensor]:
+    """What the edited matrices read on some fitting prompts and texts, where a rounding asks."""
+    assert ready.recipe.export.gguf is not None
+    if ready.recipe.export.gguf.edited_type not in ("auto", "same"):
+        return {}
+    prompts = [model.render(one.text) for role in ready.part("fit", SHOWN).values() for one in role]
+    texts = [model.tokenizer(one.text, add_special_tokens=False) for one in ready.texts.fit[:SHOWN]]
+    prompts += [one.input_ids[:PASSAGE_TOKENS] for one in texts]
+    return input_moments(model, fitted.interventions, base, ready.base.config, edits, prompts)
+
+
+def _patch(
+    ready: Prepared,
+    base: GGUFFile,
+    edits: Mapping[str, Sequence[Edit]],
+    inputs: Mapping[str, Tensor],
+    said: Mapping[str, bytes],
+    output: Path,
+) -> tuple[PatchedTensor, ...]:
+    assert ready.recipe.export.gguf is not None
+    asked = ready.recipe.export.gguf.edited_type
+    kind: EditedType = (
+        asked if asked == "auto" or asked == "same" else GGMLQuantizationType[asked.upper()]
+    )
+    size = sum(tensor.nbytes for tensor in base.tensors.values())
+    with progress("gguf", size) as update:
+        patched = patch_gguf(
+            *(ready.plan, ready.arch, ready.base.config, base, edits, output),
+            edited_type=kind,
+            inputs=inputs,
+            provenance=said,
+            progress=update,
+        )
+    _check_survival(patched, output.name, "set export.gguf.edited_type to auto")
+    return patched
+
+
+def _check_survival(measured: Sequence[PatchedTensor], file: str, remedy: str) -> None:
+    for one in measured:
+        if one.surviving_share < SURVIVING:
+            raise VerificationError(
+                f"{file}: {one.name}: {one.surviving_share:.0%} of the edit survives in "
+                f"{one.written_type.name}; {remedy}"
+            )
