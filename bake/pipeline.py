@@ -28,9 +28,9 @@ from bake.recipe import LoadedRecipe
 from bake.record import record
 from bake.report import guard_breaches, table
 from bake.saved_plan import SavedPlan
-from bake.staging import check_output, staged
+from bake.staging import aside_of, check_output, staged
 from bake.work import Work
-from bake.writing import aside_of, converted, edits_of, reference_of, road_of, write_all
+from bake.writing import converted, edits_of, reference_of, road_of, write_all
 
 __all__ = ["bake"]
 

@@ -14,6 +14,7 @@ from bake.errors import OutputError
 
 __all__ = [
     "already_there",
+    "aside_of",
     "check_file",
     "check_output",
     "clean",
@@ -27,6 +28,7 @@ FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 FILES: Final = "files"
 JOURNAL: Final = "journal"
 OLD: Final = "old"
+ASIDE: Final = "aside"
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -67,6 +69,18 @@ def staged(folder: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
 def journal_of(staging: Path) -> Path:
     """The file beside a staging folder that says what is written in it, and is not published."""
     return staging.parent / JOURNAL
+
+
+@contextmanager
+def aside_of(staging: Path) -> Iterator[Path]:
+    """A folder on the output's disk for files that are not published; removed in the end."""
+    folder = staging.parent / ASIDE
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def already_there(folder: Path) -> int:
@@ -144,7 +158,7 @@ def _locked(folder: Path) -> Iterator[Path]:
         lock = _lock(place, folder)
     try:
         for path in place.iterdir():
-            if path.name not in (FILES, JOURNAL, OLD):
+            if path.name not in (FILES, JOURNAL, OLD, ASIDE):
                 raise OutputError(f"{path}: is not of bake; move it away")
         try:
             yield place

@@ -1,8 +1,6 @@
 """What a bake writes of the model: the checkpoint, the GGUF, LoRAs and vectors, each read back."""
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from bake.staging import journal_of
 from bake.stream import write_checkpoint
 from bake.verify import check_files
 
-__all__ = ["Written", "aside_of", "converted", "edits_of", "reference_of", "road_of", "write_all"]
+__all__ = ["Written", "converted", "edits_of", "reference_of", "road_of", "write_all"]
 
 # An edit that rounds away is not in the file, whatever the file says; auto asks for more.
 SURVIVING = 0.9
@@ -146,13 +144,6 @@ def reference_of(ready: Prepared, road: Road, aside: Path) -> Reference:
     texts = [one.text for one in ready.texts.fit]
     model = LiveModel.load(ready.base.folder, ready.arch, torch.float32)
     return road.reference(ready.base.folder, model, texts, aside)
-
-
-@contextmanager
-def aside_of(staging: Path) -> Iterator[Path]:
-    """A folder on the output's disk for files of the model that are not published."""
-    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as folder:
-        yield Path(folder)
 
 
 def converted(
