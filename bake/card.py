@@ -197,14 +197,15 @@ def _measured(evidence: Evidence) -> Iterator[str]:
     yield "## Measured"
     yield (
         "Refusals on held-out topics, greedy answers of at most "
-        f"{recipe.evaluate.answer_tokens} tokens, before and after. "
+        f"{recipe.evaluate.answer_tokens} tokens, before and after, with 95 % intervals (Wilson). "
         + JUDGES[recipe.judge.kind].format(recipe.judge.model)
     )
     rows = [("set", "prompts", "runtime", "refused before", "refused after")]
     for runtime, found in evidence.after.items():
         for role, rate in found.items():
             source = _set_name(getattr(recipe.prompts, role))
-            rows.append((role, source, runtime, str(evidence.before[runtime][role]), str(rate)))
+            before = evidence.before[runtime][role]
+            rows.append((role, source, runtime, _with_interval(before), _with_interval(rate)))
     yield _table(rows)
     if evidence.parity:
         yield "Logits of the baked model against the base with hooks on it:"
@@ -214,6 +215,11 @@ def _measured(evidence: Evidence) -> Iterator[str]:
             parity.append((runtime, f"{one.lost_share:.1e}", f"{one.largest:.1e}", effect))
         yield _table(parity)
     yield "`answers.jsonl` has the answers behind these figures, of harmful requests the verdicts."
+
+
+def _with_interval(rate: Rate) -> str:
+    low, high = rate.interval
+    return f"{rate}, {low:.0f} to {high:.0f} %"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

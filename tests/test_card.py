@@ -101,6 +101,9 @@ def test_a_card_names_base_datasets_and_results() -> None:
     assert first.metric_args == {"refused": 1, "total": 4, "before": 75.0}
     assert (second.dataset_type, second.dataset_split) == ("bake-harmful", "test")
     assert f"at commit `{COMMIT}`" in text
+    # Wilson's bounds of 1 in 4 and of 4 in 4.
+    assert "25.0 % (1/4), 5 to 70 %" in text
+    assert "100.0 % (4/4), 51 to 100 %" in text
     assert "licence of the base is not known" not in text
 
 
