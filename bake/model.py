@@ -19,7 +19,7 @@ from bake.placement import check_shapes, placement, removed_with
 from bake.tokens import shared_beginning
 from bake.work import Work
 
-__all__ = ["Batch", "LiveModel", "Prefix", "batches"]
+__all__ = ["NO_PREFIX", "Batch", "LiveModel", "Prefix", "batches"]
 
 # Nothing is fetched, and no code that comes with a checkpoint is run, nor anybody asked to let it:
 # without the second, transformers asks on the terminal (dynamic_module_utils.py,

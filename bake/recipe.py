@@ -32,6 +32,7 @@ from bake.recipe_schema import (
     PromptRoles,
     PromptSource,
     Recipe,
+    Search,
     Verification,
 )
 from bake.recipe_yaml import Document, Problem, parse, with_value
@@ -54,6 +55,7 @@ __all__ = [
     "PromptRoles",
     "PromptSource",
     "Recipe",
+    "Search",
     "ShippedRecipe",
     "Verification",
     "load_recipe",

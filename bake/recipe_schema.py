@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
+from bake.recipe_section import Section as _Section
 from bake.recipe_values import (
     BY_GRADIENT,
     FLOATS,
@@ -39,6 +40,7 @@ from bake.recipe_values import (
     Variable,
     Variants,
 )
+from bake.search.schema import Search
 
 __all__ = [
     "Ablate",
@@ -57,13 +59,10 @@ __all__ = [
     "PromptRoles",
     "PromptSource",
     "Recipe",
+    "Search",
     "ThinkingMarks",
     "Verification",
 ]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class PromptSource(_Section):
@@ -766,6 +765,9 @@ class Recipe(_Section):
     evaluate: Evaluation = Field(default=Evaluation(), description="How behaviour is measured.")
     verify: Verification = Field(default=Verification(), description="How parity is measured.")
     guard: Guard = Field(default=Guard(), description="What the bake promises.")
+    search: Search | None = Field(
+        default=None, description="What `bake search` may change; a bake does not look at it."
+    )
     runtimes: Serving = Field(
         default=("transformers", "llama.cpp", "ollama"),
         description="The runtimes that the result is for; they decide the carriers.",

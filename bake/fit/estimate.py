@@ -55,6 +55,7 @@ def estimated(
     cosmic: CosmicScores | None = None,
     first_token: FirstToken | None = None,
     learn: Learn | None = None,
+    figured: bool = True,
 ) -> Directions:
     """The direction of every layer, as long as the gap between the two classes along it.
 
@@ -64,8 +65,8 @@ def estimated(
     are those of all, the lengths are still each layer's own. Each comes with
     its figures: `spread`, `auc`, `r`, and those that `cosmic` and `first_token` give, and with
     histograms of all roles in `found`. What is learned has no `auc`, no `r` and no histograms,
-    which would learn it anew for every fold. Raises FitError where the data determine no
-    direction.
+    which would learn it anew for every fold. They have nothing of it where not `figured`. Raises
+    FitError where the data determine no direction.
     """
     refused, answered = found[recipe.fit.refused], found[recipe.fit.contrast]
 
@@ -119,6 +120,8 @@ def estimated(
         several = units[layer].ndim > 1
         # What is learned or has several keeps its side; one estimate is on that of the refused.
         vectors[layer] = gap.norm() * units[layer] if several or learn else gap
+        if not figured:
+            continue
         # How good the estimate is, where it was made.
         figures[layer] = dict(figures_of(chosen.layer if chosen else layer))
         basis = vectors[layer].float() if several else None
@@ -127,6 +130,8 @@ def estimated(
             figures[layer]["cosmic"] = cosmic.score(layer, moved, basis)
         if first_token:
             figures[layer] |= first_token.figures(layer, moved, basis)
+    if not figured:
+        return Directions(vectors, _origin(recipe))
     readings: dict[int, dict[str, tuple[int, ...]]] = {}
     for layer in dict.fromkeys([chosen.layer] if chosen else layers):
         if unseen := readings_of(layer):

@@ -69,9 +69,13 @@ def bare(
 
 
 def directions_of(
-    recipe: Recipe, evidence: Evidence, layers: Sequence[int], scored: bool = False
+    recipe: Recipe,
+    evidence: Evidence,
+    layers: Sequence[int],
+    scored: bool = False,
+    figured: bool = True,
 ) -> Directions:
-    """The directions of some layers with their figures.
+    """The directions of some layers with their figures, or without where not `figured`.
 
     Where `scored` those too that take passes of their own.
     """
@@ -93,7 +97,7 @@ def directions_of(
         first_token = FirstToken(evidence.model, *classes, evidence.depth, openings, evidence.place)
     if choice.estimator in LEARNED:
         learn = partial(_learned, evidence, _lesson(recipe, evidence, found, seen))
-    return estimated(recipe, found, evidence.sets, layers, cosmic, first_token, learn)
+    return estimated(recipe, found, evidence.sets, layers, cosmic, first_token, learn, figured)
 
 
 def _learned(

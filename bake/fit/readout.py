@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ReadoutClass", "ridge_readout"]
+__all__ = ["ReadoutClass", "ridge_readout", "ridge_solutions"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,15 @@ def ridge_readout(classes: Sequence[ReadoutClass], ridge: float) -> Tensor:
     """
     gram = torch.stack([one.gram for one in classes]).sum(0)
     wanted = torch.stack([one.value * one.mean for one in classes]).sum(0)
+    return ridge_solutions(gram, wanted[None], ridge)[0]
+
+
+def ridge_solutions(gram: Tensor, wanted: Tensor, ridge: float) -> Tensor:
+    """(G + λ I)⁻¹ w [k, d] of each row of `wanted` [k, d], λ as in `ridge_readout`.
+
+    A readout is linear in what it shall read: of the classes' means for w, c = Σ_k y_k c_k.
+    """
     scale = ridge * gram.diagonal().mean()
     eye = torch.eye(len(gram), dtype=gram.dtype)
-    probe: Tensor = torch.linalg.solve(gram + scale * eye, wanted)
-    return probe
+    found: Tensor = torch.linalg.solve(gram + scale * eye, wanted.T).T
+    return found

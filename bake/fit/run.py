@@ -6,13 +6,14 @@ where a gate decides.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
+from bake.arch import Arch
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions
 from bake.errors import FitError
@@ -34,7 +35,20 @@ from bake.plan import Plan, direction_layers
 from bake.prompts import Prompt, Splits
 from bake.recipe import Gate, Recipe
 
-__all__ = ["ClassRecord", "Fitted", "fit", "fit_directions", "needs_prompts"]
+__all__ = [
+    "ClassRecord",
+    "Fitted",
+    "built",
+    "check_class",
+    "conversations_of",
+    "fit",
+    "fit_directions",
+    "needs_prompts",
+    "openings_wanted",
+    "passages",
+    "probed",
+    "probes",
+]
 
 MINIMUM = 8
 PASSAGE_TOKENS = 96
@@ -84,18 +98,17 @@ def fit(
     conversations: dict[str, list[Conversation]] = {}
     if needs_prompts(plan, recipe, directions):
         labels = _labels(model, recipe, prompts, judge, progress, directions is None)
-        conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
-        texts_shown = texts.fit[: recipe.fit.prompts_per_class]
-        conversations["text"] = _passages(model, texts_shown)
+        conversations = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
+        conversations["text"] = passages(model, texts.fit[: recipe.fit.prompts_per_class])
     layers = direction_layers(recipe)
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
     place = _place(model, base, recipe, seen)
-    probes = _probes(model, plan, recipe)
+    read = probes(model, plan, probed(plan, recipe))
     moments: dict[str, dict[Any, Moments]] = {}
     for role, found in conversations.items():
-        taps = probes | _stream(place, base, recipe, seen, role, found)
-        if probes and role in labels and role not in roles_shown(recipe.fit):
+        taps = read | _stream(place, base, recipe, seen, role, found)
+        if read and role in labels and role not in roles_shown(recipe.fit):
             taps |= watching_taps(place, seen, len(found))
         if taps:
             moments[role] = collect(model, found, taps, progress=progress)
@@ -120,16 +133,12 @@ def fit(
         means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
     used = directions.at(layers)
     measured = Measured(used.vectors, probe, base, means)
-    built = [
-        (spec, one)
-        for spec, step in zip(recipe.edits, plan.steps, strict=True)
-        for one in OPERATORS[spec.op].build(spec, step, measured, model.arch)
-    ]
+    edits = built(recipe, plan, measured, model.arch)
     ridge = any(edit.carrier == "ridge" for edit in plan.edits)
     chats = [one for role, found in conversations.items() for one in found if role != "text"]
     classes = [chats, conversations["text"], own_text(model)] if ridge else []
-    interventions, constants = with_constants(model, built, classes, _passages(model, texts.test))
-    for (spec, _), one in zip(built, interventions, strict=True):
+    interventions, constants = with_constants(model, edits, classes, passages(model, texts.test))
+    for (spec, _), one in zip(edits, interventions, strict=True):
         if isinstance(one, Add) and one.readout is not None:
             kept[readout_key(recipe.edits.index(spec))] = one.readout
     if any(spec.op == "ablate" and READ_MEANS & set(spec.variant) for spec in recipe.edits):
@@ -178,7 +187,7 @@ def measured_directions(
     progress: Callable[[int], None] = lambda _: None,
 ) -> Directions:
     """As `fit_directions`, of prompts that have their labels."""
-    conversations = {role: _conversations(recipe, role, one) for role, one in labels.items()}
+    conversations = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth)
     place = _place(model, base, recipe, seen)
@@ -196,11 +205,22 @@ def needs_prompts(plan: Plan, recipe: Recipe, directions: Directions | None) -> 
     return (
         directions is None
         or any(edit.carrier == "ridge" for edit in plan.edits)
-        or bool(_probed(plan, recipe))
+        or bool(probed(plan, recipe))
     )
 
 
-def _probed(plan: Plan, recipe: Recipe) -> set[str]:
+def built(
+    recipe: Recipe, plan: Plan, measured: Measured, arch: Arch
+) -> list[tuple[Any, Intervention]]:
+    """Every intervention of the plan, in its order, with the recipe's edit that it comes from."""
+    return [
+        (spec, one)
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        for one in OPERATORS[spec.op].build(spec, step, measured, arch)
+    ]
+
+
+def probed(plan: Plan, recipe: Recipe) -> set[str]:
     """The modules on whose inputs a probe is fitted."""
     return {
         module
@@ -224,17 +244,24 @@ def _labels(
     found = {}
     for role, chosen in prompts.items():
         found[role] = labelled(model, recipe, chosen, judge, progress)
-        usable = sum(one.side == _wanted(recipe, role) for one in found[role])
-        if for_direction and usable < MINIMUM and role in roles_of_direction(recipe.fit):
-            behaviour = "refused" if _wanted(recipe, role) > 0 else "answered"
-            neutral = sum(one.side == 0 for one in found[role])
-            neither = f" ({neutral} were neither)" if neutral else ""
-            raise FitError(
-                f"prompts.{role}: only {usable} of {len(found[role])} fitting prompts were "
-                f"{behaviour} by the base model{neither}, at least {MINIMUM} are needed; "
-                "give more or other prompts"
-            )
+        if for_direction:
+            check_class(recipe, role, found[role])
     return found
+
+
+def check_class(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> None:
+    """Raise FitError where a role makes the direction and too few prompts behave as it needs."""
+    usable = sum(one.side == _wanted(recipe, role) for one in labels)
+    if usable >= MINIMUM or role not in roles_of_direction(recipe.fit):
+        return
+    behaviour = "refused" if _wanted(recipe, role) > 0 else "answered"
+    neutral = sum(one.side == 0 for one in labels)
+    neither = f" ({neutral} were neither)" if neutral else ""
+    raise FitError(
+        f"prompts.{role}: only {usable} of {len(labels)} fitting prompts were "
+        f"{behaviour} by the base model{neither}, at least {MINIMUM} are needed; "
+        "give more or other prompts"
+    )
 
 
 def _wanted(recipe: Recipe, role: str) -> int:
@@ -242,7 +269,7 @@ def _wanted(recipe: Recipe, role: str) -> int:
     return 1 if role in (recipe.fit.refused, "protected", "refused") else -1
 
 
-def _conversations(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> list[Conversation]:
+def conversations_of(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> list[Conversation]:
     """The prompts with the openings of their answers, the positions that count, the weights.
 
     A prompt that does not behave as its class does has no weight in it.
@@ -259,7 +286,7 @@ def _conversations(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> lis
     return found
 
 
-def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
+def passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
     """General text without a template: every token counts, for the gates alone."""
     found = []
     for text in texts:
@@ -268,8 +295,8 @@ def _passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
     return found
 
 
-def _probes(model: LiveModel, plan: Plan, recipe: Recipe) -> dict[Any, Tap]:
-    """The inputs that probes read.
+def probes(model: LiveModel, plan: Plan, modules: Iterable[str]) -> dict[Any, Tap]:
+    """The inputs of some of the plan's modules, as probes read them.
 
     In front of a post-norm a probe reads in units of what the norm divides by.
     """
@@ -279,7 +306,7 @@ def _probes(model: LiveModel, plan: Plan, recipe: Recipe) -> dict[Any, Tap]:
         for written in model.arch.written(edit.tensor for edit in plan.edits).values()
         for one in written
     }
-    for module in _probed(plan, recipe):
+    for module in modules:
         norm = norms[module]
         behind = model.module(norm.module) if norm else None
         taps[module] = Tap(model.module(module), "input", "decision", "second", behind)
@@ -314,12 +341,14 @@ def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[i
     return sorted(chosen.union(layers))
 
 
-def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, spec: Gate) -> Tensor:
-    """The probe that reads 1 on the target's decision tokens and 0 on every other class's.
+def openings_wanted(spec: Gate) -> dict[str, float]:
+    """What a gate's probe shall read on average, by role; 0 on all others."""
+    return {"target": 1.0, "protected": math.copysign(spec.protected, spec.strength)}
 
-    On the protected class's it reads what steers them towards refusal as far as `spec` has it.
-    """
-    values = {"target": 1.0, "protected": math.copysign(spec.protected, spec.strength)}
+
+def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, spec: Gate) -> Tensor:
+    """The probe that reads `openings_wanted` on every class's decision tokens."""
+    values = openings_wanted(spec)
     classes = [
         ReadoutClass(by_tap[module].mean, by_tap[module].gram, values.get(role, 0.0))
         for role, by_tap in moments.items()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bake.model import Batch, LiveModel
 
-__all__ = ["Tail"]
+__all__ = ["Tail", "replaced"]
 
 
 class Tail:
@@ -34,7 +34,7 @@ class Tail:
     def shifted(self, vector: Tensor) -> Tensor:
         """As `clean`, with a vector [d] added behind the block at every position."""
         state = self._states + vector.to(self._states.dtype)
-        with _replaced(self._blocks, (state,) if self._wrapped else state):
+        with replaced(self._blocks, (state,) if self._wrapped else state):
             return self._last()
 
     def _last(self) -> Tensor:
@@ -42,7 +42,7 @@ class Tail:
 
 
 @contextmanager
-def _replaced(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
+def replaced(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
     """The model with blocks that compute nothing and give `output`."""
     # What accelerate puts in their place is an attribute too, and comes back.
     before = [vars(block).get("forward") for block in blocks]

@@ -1,0 +1,1 @@
+"""The search: trials of a recipe's open numbers on hooks, under its guard."""

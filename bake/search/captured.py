@@ -1,0 +1,216 @@
+"""What the fitting prompts show of the base model, once for all trials of a search."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bake.activations import Conversation, Moments, collect
+from bake.checkpoint import Checkpoint
+from bake.directions import Directions
+from bake.errors import RecipeError
+from bake.fit.evidence import Evidence, bare, directions_of
+from bake.fit.labels import Labelled
+from bake.fit.place import Place, place_of
+from bake.fit.readout import ridge_solutions
+from bake.fit.run import (
+    built,
+    check_class,
+    conversations_of,
+    openings_wanted,
+    passages,
+    probed,
+    probes,
+)
+from bake.hooks import Intervention
+from bake.journal import hashed
+from bake.model import LiveModel
+from bake.ops import Measured
+from bake.placement import free_memory
+from bake.plan import Plan, direction_layers
+from bake.progress import progress
+from bake.prompts import Prompt, Splits
+from bake.recipe import Gate, Recipe
+
+__all__ = ["Captured", "check_memory"]
+
+# Bytes an entry of a Gram matrix takes while it is summed: one class in float64, all in float32.
+SUMMED = 12
+
+
+@dataclass(eq=False)
+class _Inputs:
+    """Of a writer's inputs the sum of all classes' Gram matrices, and every class's mean."""
+
+    gram: Tensor
+    means: dict[str, Tensor] = field(default_factory=dict)
+    solutions: dict[float, Tensor] = field(default_factory=dict)
+
+    def probe(self, wanted: Mapping[str, float], ridge: float) -> Tensor:
+        """The readout [d] of `ridge_readout`, put together from those of single classes."""
+        if ridge not in self.solutions:
+            means = torch.stack(list(self.means.values()))
+            self.solutions[ridge] = ridge_solutions(self.gram.double(), means, ridge)
+        values = torch.tensor([wanted.get(role, 0.0) for role in self.means], dtype=torch.float64)
+        return values @ self.solutions[ridge]
+
+
+class Captured:
+    """The labels of every role's prompts and what they leave in the model.
+
+    A fit of any trial follows from this without another pass: directions from the samples of
+    every block at a site and token, probes from the moments of the gated writers' inputs. Each
+    is measured when a trial first needs it, and then kept.
+    """
+
+    def __init__(
+        self,
+        model: LiveModel,
+        base: Checkpoint,
+        recipe: Recipe,
+        labels: Mapping[str, Sequence[Labelled]],
+        texts: Splits,
+        concepts: Mapping[str, Sequence[Prompt]],
+        directions: Directions | None = None,
+    ) -> None:
+        self._model, self._base, self._labels = model, base, labels
+        self._concepts, self._given = concepts, directions
+        self._depth = model.arch.layer_count(base.config)
+        # Weights are a trial's own; what is read, and where, is the same in all of them.
+        self._shown = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
+        self._texts = passages(model, texts.fit[: recipe.fit.prompts_per_class])
+        self._inputs: dict[str, _Inputs] = {}
+        self._samples: dict[tuple[str, int], dict[str, dict[int, Tensor]]] = {}
+        self._evidence: dict[str, Evidence] = {}
+        self._vectors: dict[tuple[str, int], Tensor] = {}
+
+    def interventions(self, recipe: Recipe, plan: Plan) -> tuple[Intervention, ...]:
+        """What a bake of the recipe would put into the weights, as hooks.
+
+        But for the constant of a ridge carrier, which no hook reads. Raises FitError as a fit.
+        """
+        layers = direction_layers(recipe)
+        means: dict[int, Tensor] = {}
+        if self._given is not None:
+            vectors = dict(self._given.at(layers).vectors)
+        else:
+            vectors = self._directions(recipe, layers)
+            contrast = self._evidence_of(recipe).moments[recipe.fit.contrast]
+            means = {layer: contrast[layer].mean.float() for layer in layers}
+        self.read_inputs([plan], [recipe])
+
+        def probe(module: str, spec: Gate) -> Tensor:
+            return self._inputs[module].probe(openings_wanted(spec), spec.ridge)
+
+        measured = Measured(vectors, probe, self._base, means)
+        return tuple(one for _, one in built(recipe, plan, measured, self._model.arch))
+
+    def read_inputs(self, plans: Sequence[Plan], recipes: Sequence[Recipe]) -> None:
+        """Measure what the plans' probes read, where that is not known yet, in one pass a class."""
+        taps: dict[Any, Any] = {}
+        for plan, recipe in zip(plans, recipes, strict=True):
+            missing = sorted(probed(plan, recipe) - self._inputs.keys())
+            taps |= probes(self._model, plan, missing)
+        if not taps:
+            return
+        classes = {**self._shown, "text": self._texts}
+        found: dict[str, _Inputs] = {}
+        with progress("gates", sum(map(len, classes.values()))) as update:
+            for role, conversations in classes.items():
+                for module, one in collect(
+                    self._model, conversations, taps, progress=update
+                ).items():
+                    gram = one.gram.float()
+                    if module in found:
+                        found[module].gram += gram
+                    else:
+                        found[module] = _Inputs(gram)
+                    found[module].means[role] = one.mean
+        self._inputs |= found
+
+    @property
+    def held(self) -> int:
+        """The bytes of matrices and samples."""
+        kept = [one.gram for one in self._inputs.values()]
+        for roles in self._samples.values():
+            kept += [one for layers in roles.values() for one in layers.values()]
+        return sum(one.nbytes for one in kept)
+
+    def _directions(self, recipe: Recipe, layers: Sequence[int]) -> dict[int, Tensor]:
+        key = hashed([recipe.fit.model_dump(mode="json"), recipe.seed])
+        missing = [layer for layer in layers if (key, layer) not in self._vectors]
+        if missing:
+            found = directions_of(recipe, self._evidence_of(recipe), missing, figured=False)
+            self._vectors |= {(key, layer): one for layer, one in found.vectors.items()}
+        return {layer: self._vectors[key, layer] for layer in layers}
+
+    def _evidence_of(self, recipe: Recipe) -> Evidence:
+        """The evidence with the classes as this recipe has them."""
+        choice = recipe.fit
+        for role, labels in self._labels.items():
+            check_class(recipe, role, labels)
+        conversations = {
+            role: conversations_of(recipe, role, one) for role, one in self._labels.items()
+        }
+        weights = [[one.weight for one in found] for found in conversations.values()]
+        key = hashed([choice.site, choice.positions.direction, weights])
+        if key not in self._evidence:
+            layers = range(self._depth)
+            token = choice.positions.direction
+            place = place_of(self._model, self._base, layers, choice.site, token)
+            moments = {
+                role: {layer: _moments(found[layer], conversations[role]) for layer in layers}
+                for role, found in self._samples_at(place).items()
+            }
+            sets = bare(place, self._concepts, layers)
+            self._evidence[key] = Evidence(
+                self._model, self._depth, place, self._labels, conversations, moments, sets
+            )
+        return self._evidence[key]
+
+    def _samples_at(self, place: Place) -> dict[str, dict[int, Tensor]]:
+        """By role and layer the state [n, d] that every prompt leaves at a place."""
+        key = place.site, place.back
+        if key not in self._samples:
+            label = f"stream, {place.site}, token {-1 - place.back}"
+            with progress(label, sum(map(len, self._shown.values()))) as update:
+                self._samples[key] = {
+                    role: self._samples_of(place, found, update)
+                    for role, found in self._shown.items()
+                }
+        return self._samples[key]
+
+    def _samples_of(
+        self, place: Place, shown: Sequence[Conversation], update: Callable[[int], None]
+    ) -> dict[int, Tensor]:
+        rows = tuple(range(len(shown)))
+        taps = {layer: place.tap(layer, rows=rows) for layer in range(self._depth)}
+        found = collect(self._model, shown, taps, progress=update, state="bare")
+        return {layer: one.values for layer, one in found.items()}
+
+
+def check_memory(recipe: str, widths: Iterable[int], base: Checkpoint) -> None:
+    """Refuse to measure more gated writers' inputs [widths] than memory holds beside the model.
+
+    Raises RecipeError with both figures.
+    """
+    widths = list(widths)
+    needed = SUMMED * sum(width**2 for width in widths)
+    free = free_memory() - sum(info.stop - info.start for info in base.tensors.values())
+    if needed > free:
+        raise RecipeError(
+            f"{recipe}: search: the inputs of {len(widths)} gated writers take "
+            f"{needed / 2**30:.1f} GiB and {max(free, 0) / 2**30:.1f} GiB are free beside the "
+            "model; open fewer layers or sites (BAKE_MEMORY sets the memory)"
+        )
+
+
+def _moments(samples: Tensor, conversations: Sequence[Conversation]) -> Moments:
+    """The moments that a pass with these weights leaves, of samples that are known."""
+    rows = range(len(samples))
+    found = Moments("mean", rows)
+    weights = torch.tensor([one.weight for one in conversations], dtype=torch.float64)
+    found.add(samples, weights, rows)
+    return found

@@ -1,0 +1,576 @@
+"""`bake search`: spaces, trials on hooks, the journal, and the recipe that is written."""
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from bake.checkpoint import Checkpoint
+from bake.edits import apply_all
+from bake.errors import BakeError, FitError, GuardError, OutputError, RecipeError
+from bake.evaluate import Rate
+from bake.hooks import steered
+from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
+from bake.model import LiveModel, batches
+from bake.pipeline import _fit, prepare
+from bake.prompts import fingerprint, load_splits
+from bake.recipe import Guard, LoadedRecipe, Recipe, load_recipe
+from bake.search.behind import Behind
+from bake.search.captured import check_memory
+from bake.search.draw import drawn
+from bake.search.journal import SearchJournal
+from bake.search.proxy import Proxy
+from bake.search.run import _Bench, search_to_file, shown
+from bake.search.space import corners, spaces, with_point
+from bake.search.trial import Figures, Trial, finalists, front
+from tests.conftest import Run
+from tests.tiny import write_place, write_tiny
+
+ROLES = ("target", "protected", "lookalike", "general")
+RECIPE = """\
+# a comment
+model: model
+prompts:
+  target: target.txt
+  protected: protected.txt
+  lookalike: lookalike.txt
+  general: general.txt
+edits:
+  - {op: gate, layers: 1-2, strength: -0.5, ridge: 0.1}
+export: {safetensors: true}
+evaluate: {runtimes: [transformers], answer_tokens: 4}
+runtimes: [transformers]
+fit: {bootstrap: 0}
+guard: {protected_drop: 100, lookalike_rise: 100, general_rise: 100}
+search:
+  trials: 12
+  startup: 5
+  finalists: 2
+  kl_at_most: 2
+  space:
+    edits.0.layers: {first: [0, 1], last: [1, 2]}
+    edits.0.strength: {low: -2.0, high: -0.1}
+    edits.0.sites: [[attention], [attention, mlp]]
+    fit.estimator: [mean-difference, rmd]
+"""
+
+
+class BySet:
+    """A judge of a model that refuses its target and protected prompts, whatever it says."""
+
+    name = "by-set"
+
+    def __init__(self, _: object = None) -> None:
+        self.refused = {
+            line for role in ROLES[:2] for line in Path(f"{role}.txt").read_text().splitlines()
+        }
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [Verdict(REFUSED if one.prompt in self.refused else ANSWERED) for one in exchanges]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_place(tmp_path_factory.mktemp("place"), RECIPE, ROLES)
+    for number, role in enumerate(ROLES):
+        # So many that the select split has some.
+        lines = [f"w{20 * number + i % 18} w{90 - i} w{number}" for i in range(40)]
+        (folder / f"{role}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("BAKE_CACHE", str(tmp_path / "cache"))
+    for user in ("pipeline", "fitting", "search.run"):
+        monkeypatch.setattr(f"bake.{user}.find_judge", BySet)
+
+
+def loaded(*overrides: str) -> LoadedRecipe:
+    return load_recipe("recipe.yaml", overrides=overrides)
+
+
+def journals(cache: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((cache / "search").glob("*.jsonl"))]
+
+
+# The space
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("search.space={}", "search.space: nothing is open"),
+        ("search.space={edits.0.strength: {low: 2, high: 1}}", "strength.high: 1 is not above low"),
+        ("search.space={edits.0.strength: {low: -1, high: 2, log: true}}", "has no logarithm"),
+        ("search.space={edits.0.strength: {low: 1, high: 2, step: 3}}", "3 is no distance"),
+        ("search.space={edits.0.strength: {low: 1}}", "give a list of choices"),
+        ("search.space={edits.0.strength: []}", "there is no choice"),
+        ("search.space={edits.0.strength: {low: 1, high: no}}", "expected a finite number"),
+        ("search.space={edits.0.layers: {first: [0, 2], last: [1, 2]}}", "let first end before"),
+        ("search.space={guard.protected_drop: [1, 50]}", "is not searched"),
+        ("search.space={fit.answers.tokens: [8, 16]}", "is the same in all trials"),
+        ("search.space={fit.protct: [none]}", "did you mean 'protect'"),
+        ("search.alternatives=[{fit.estimator: [rmd]}]", "is in search.space too"),
+        ("search.space={edits.0.sites: [[head]]}", "edits.0.sites: ['head']"),
+        ("search.space={edits.3.strength: [1]}", "no item '3' in edits"),
+        ("search.space={edits.0.layers: [1-2, 1-40]}", "edits.0.layers: 1-40: "),
+        ("search.space={edits.0.layers: {first: [0, 1], last: [2, 7]}}", "0-7: "),
+        ("search.space={edits.0.kernel: [null]}", "unknown key 'kernel'"),
+        ("search=null", "search: this recipe leaves nothing open"),
+    ],
+)
+def test_a_contradiction_is_one_line_and_nothing_is_loaded(
+    bake: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, words: str
+) -> None:
+    monkeypatch.setattr(LiveModel, "load", None)
+    output = tmp_path / "chosen.yaml"
+    code, _, err = bake(
+        "search", "--recipe", "recipe.yaml", "--set", change, "--output", str(output)
+    )
+    assert code == 1
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not output.exists()
+
+
+def test_fit_keys_and_a_file_of_directions_contradict(tmp_path: Path, bake: Run) -> None:
+    bake("fit", "--recipe", "recipe.yaml", "--output", str(tmp_path / "d.safetensors"))
+    change = f"directions={tmp_path / 'd.safetensors'}"
+    code, _, err = bake(
+        *("search", "--recipe", "recipe.yaml", "--set", change),
+        *("--set", "search.space={fit.estimator: [rmd]}", "--output", str(tmp_path / "c.yaml")),
+    )
+    assert code == 1
+    assert "directions are those of" in err
+
+
+def test_what_is_whole_comes_before_its_parts_and_alternatives_are_apart() -> None:
+    changes = (
+        "search.space={edits.0.strength: {low: 0.5, high: 1.5}}",
+        "search.alternatives=[{edits.0: [{op: ablate, layers: 0-2}]}, {edits.0.sites: [[mlp]]}]",
+    )
+    recipe = loaded(*changes).recipe
+    assert [list(one) for one in spaces(recipe)] == [
+        ["edits.0", "edits.0.strength"],
+        ["edits.0.strength", "edits.0.sites"],
+    ]
+    points = [drawn(recipe, [], number)[1] for number in range(12)]
+    kinds = {with_point(recipe, point).edits[0].op for point in points}
+    assert kinds == {"ablate", "gate"}
+
+
+def test_the_spaces_of_the_documentation_make_recipes() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "search.md").read_text()
+    for block in re.findall(r"```yaml\nsearch:\n(.*?)```", text, re.DOTALL):
+        shown_there = yaml.safe_load(block)
+        change = f"search={json.dumps(shown_there)}"
+        assert list(corners(load_recipe("political-open", overrides=[change])))
+
+
+def test_numbers_are_drawn_as_they_are_written() -> None:
+    change = (
+        "search.space={edits.0.strength: {low: -3, high: -1}, fit.protect_strength: "
+        "{low: 0.0, high: 1.0, step: 0.1}, fit.ridge: {low: 1e-4, high: 1.0, log: true}}"
+    )
+    for number in range(20):
+        _, point = drawn(loaded(change).recipe, [], number)
+        strength, share, ridge = (
+            point[key] for key in ("edits.0.strength", "fit.protect_strength", "fit.ridge")
+        )
+        assert strength in (-3, -2, -1) and isinstance(strength, int)
+        assert isinstance(share, float) and share == round(share, 1)
+        assert isinstance(ridge, float) and ridge == float(f"{ridge:.4g}") and 1e-4 <= ridge <= 1
+
+
+def test_more_inputs_than_memory_holds_are_refused_with_the_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BAKE_MEMORY", "1GiB")
+    with pytest.raises(RecipeError, match=r"2 gated writers take 2\.2 GiB and 1\.0 GiB are free"):
+        check_memory("recipe.yaml", [10_000, 10_000], Checkpoint.open(Path("model")))
+
+
+# Trials
+
+
+def states_kept(model: LiveModel, layers: Sequence[int]) -> Behind:
+    shared = [5, 9, 11]
+    sequences = [[*shared, *range(20, 20 + n)] for n in range(2, 9)]
+    return Behind(model, sequences, layers)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gpt2", "falcon_h1", "qwen3_next", "deepseek_v3", "lfm2"]
+)
+def test_later_blocks_alone_give_what_the_whole_model_gives(
+    tmp_path: Path, model_type: str
+) -> None:
+    """Steered behind the kept states, and with the common beginning read once."""
+    from bake.archs import find_arch
+    from bake.fit.shifted import shifted
+
+    write_tiny(model_type, tmp_path)
+    base = Checkpoint.open(tmp_path)
+    model = LiveModel.load(tmp_path, find_arch(base.config, "config.json", base.tensors))
+    kept = states_kept(model, [0, 1])
+    torch.manual_seed(1)
+    with shifted(model, 3, add={2: torch.randn(32)}):
+        found = dict(_by_row(kept.last(1)))
+        whole = dict(_by_row(kept.last(-1)))
+        for batch in batches(kept._sequences, 2, 1):
+            alone = model.last_logits(batch, 1)[0, -1]
+            torch.testing.assert_close(found[batch.rows[0]], alone, rtol=1e-3, atol=1e-3)
+    clean = dict(_by_row(kept.clean))
+    for row, logits in found.items():
+        torch.testing.assert_close(logits, whole[row], rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(logits, clean[row], atol=1e-2)
+
+
+def _by_row(found: Any) -> Iterator[tuple[int, torch.Tensor]]:
+    for rows, logits in found:
+        yield from zip(rows, logits, strict=True)
+
+
+@pytest.fixture(scope="module")
+def bench(place: Path) -> Iterator[_Bench]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(place)
+        patched.setenv("BAKE_CACHE", str(place / "bench"))
+        patched.setattr("bake.search.run.find_judge", BySet)
+        made = _Bench(loaded(), loaded().recipe.search)  # type: ignore[arg-type]
+        made.proxy, made.captured  # noqa: B018
+        yield made
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"edits.0.strength": -1.3, "edits.0.layers": "0-2"},
+        {"edits.0.protected": 1.5, "edits.0.sites": ["mlp"]},
+        {"fit.estimator": "wrmd", "fit.protect": "remove"},
+        {"fit.estimator": "pca", "fit.site": "mid", "edits.0.ridge": 0.5},
+        {"fit.refused": "protected", "fit.contrast": "lookalike"},
+        {"edits": [{"op": "add", "layer": 1, "strength": -0.7}], "fit.layer": 2},
+        {"edits": [{"op": "ablate", "layers": "0-2", "variant": ["projected", "norm-preserving"]}]},
+        {
+            "edits": [{"op": "ablate", "layers": "1-2", "kernel": {"peak": 1, "width": 2}}],
+            "fit.estimator": "som",
+            "fit.basis": 2,
+        },
+        {
+            "edits": [
+                {"op": "gate", "layers": [1], "strength": 0.4},
+                {"op": "ablate", "layers": [1, 2], "strength": 0.5},
+            ],
+            "fit.protect": "null-space",
+        },
+    ],
+    ids=str,
+)
+def test_a_trial_makes_the_edits_that_a_bake_makes(bench: _Bench, point: dict[str, Any]) -> None:
+    recipe = with_point(bench._recipe, point)
+    ready = prepare(recipe)
+    model = LiveModel.load(ready.base.folder, ready.arch)
+    wanted, found = {}, {}
+    baked = _fit(ready, model, BySet()).interventions
+    tried = bench.captured.interventions(recipe, bench.plan(recipe))
+    for edits, of in ((wanted, baked), (found, tried)):
+        for one in of:
+            for edit in one.edits():
+                edits.setdefault(edit.tensor, []).append(edit)
+    assert wanted.keys() == found.keys() == {edit.tensor for edit in ready.plan.edits}
+    for name, edits in wanted.items():
+        before = ready.base.read(name).float() if name in ready.base.tensors else torch.zeros(32)
+        change = apply_all(edits, before) - before
+        torch.testing.assert_close(
+            apply_all(found[name], before) - before,
+            change,
+            rtol=0,
+            atol=1e-4 * float(change.abs().max()),
+        )
+    prompts = bench.prompts["target"]
+    ids = next(batches([model.render(one.text) for one in prompts], 2, 4))
+    with steered(model, baked):
+        hooked = model.logits(ids)
+    with steered(bench.model, tried):
+        torch.testing.assert_close(bench.model.logits(ids), hooked, rtol=1e-3, atol=1e-3)
+
+
+def test_the_figures_are_those_of_whole_passes(bench: _Bench) -> None:
+    """P(refusal) and KL by the definition, on the unbatched model."""
+    recipe = with_point(bench._recipe, {"edits.0.strength": -1.5})
+    tried = bench.captured.interventions(recipe, bench.plan(recipe))
+    found = bench.proxy.figures(tried, 1)
+    refusals, moved = {}, []
+    for role, prompts in bench.prompts.items():
+        shares = []
+        for prompt in prompts:
+            (batch,) = batches([bench.model.render(prompt.text)], 2, 1)
+            clean = bench.model.logits(batch)[0, -1].log_softmax(-1)
+            with steered(bench.model, tried):
+                now = bench.model.logits(batch)[0, -1].log_softmax(-1)
+            shares.append(float(now.exp()[list(bench.proxy._openings)].sum()))
+            if role == "general":
+                moved.append(float((clean.exp() * (clean - now)).sum()))
+        refusals[role] = 100 * sum(shares) / len(shares)
+    assert found.refusals == pytest.approx(refusals, abs=1e-3)
+    assert found.kl == pytest.approx(sum(moved) / len(moved), abs=1e-5)
+    assert found.kl > 1e-3
+
+
+def test_a_point_that_cannot_be_fitted_is_a_trial_with_its_reason(bench: _Bench) -> None:
+    one = bench.trial(3, {}, {"edits.0.layers": "1-9"})
+    assert one.figures is None and not one.allowed
+    assert "layer" in one.failed
+    point = {"edits": [{"op": "ablate", "layers": [1], "variant": ["plain", "affine"]}]}
+    assert "plain is without the others" in bench.trial(4, {}, point).failed
+
+
+# The choice among trials
+
+
+def trial(number: int, target: float, kl: float, over: float = -1.0) -> Trial:
+    figures = Figures({"target": target, "protected": 90.0}, kl)
+    return Trial(number, {}, {}, figures, {"protected": over, "kl": -1.0})
+
+
+def test_the_front_has_what_nothing_else_beats() -> None:
+    trials = [trial(0, 50, 0.1), trial(1, 20, 0.3), trial(2, 60, 0.2), trial(3, 10, 0.05, over=2)]
+    trials += [trial(4, 20, 0.3), Trial(5, {}, {}, failed="no")]
+    down, up = Guard(), Guard(target_at_least=50)
+    assert [one.number for one in front(trials, down)] == [1, 0]
+    assert [one.number for one in front(trials, up)] == [2, 0]
+    assert [one.number for one in finalists(trials, down, 4)] == [1, 0, 4, 2]
+    assert [one.number for one in finalists(trials, down, 9)] == [1, 0, 4, 2, 3]
+    many = [trial(n, n, 1 / (n + 1)) for n in range(9)]
+    assert [one.number for one in finalists(many, down, 5)] == [0, 1, 2, 3, 8]
+    assert [one.number for one in finalists(many, down, 1)] == [0]
+
+
+def test_guided_trials_keep_to_the_limits() -> None:
+    """Where strength breaks a limit the sampler learns to stay below it."""
+    recipe = loaded("search.startup=15").recipe
+    trials: list[Trial] = []
+    for number in range(50):
+        values, point = drawn(recipe, trials, number)
+        strength = point["edits.0.strength"]
+        assert isinstance(strength, float)
+        figures = Figures({"target": 100 + 40 * strength}, -0.1 * strength)
+        # The target is best at -2, the limit is at -1.
+        trials.append(Trial(number, values, point, figures, {"protected": -strength - 1}))
+    allowed = [sum(one.allowed for one in part) / len(part) for part in (trials[:15], trials[30:])]
+    assert allowed[1] > allowed[0] and allowed[1] >= 0.6
+
+
+# The whole search
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+    """The journal and the recipe of a search that nothing interrupts."""
+    cache = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(place)
+        patched.setenv("BAKE_CACHE", str(cache))
+        patched.setattr("bake.search.run.find_judge", BySet)
+        search_to_file(loaded(), cache / "chosen.yaml")
+    (journal,) = journals(cache)
+    return journal, (cache / "chosen.yaml").read_text()
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
+    """Let the search end at a random one of its next steps."""
+    write, figures, answer = SearchJournal._write, Proxy.figures, LiveModel.answer
+    left = [rng.randrange(1, 8)]
+
+    def or_die(real: Any, *arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            if real is write and rng.random() < 0.7:
+                # A kill in the middle of a line, or right behind it.
+                journal = arguments[0]
+                before = journal._size
+                write(*arguments)
+                if rng.random() < 0.7:
+                    with journal.path.open("r+b") as stream:
+                        stream.truncate(rng.randrange(before + 1, journal._size))
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    for holder, name, real in (
+        (SearchJournal, "_write", write),
+        (Proxy, "figures", figures),
+        (LiveModel, "answer", answer),
+    ):
+        monkeypatch.setattr(holder, name, lambda *a, real=real, **o: or_die(real, *a, **o))
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_bytes(
+    tmp_path: Path, unbroken: tuple[bytes, str]
+) -> None:
+    rng, kills = random.Random(0), 0
+    output = tmp_path / "chosen.yaml"
+    while not output.exists():
+        with pytest.MonkeyPatch.context() as patched:
+            if kills < 9:
+                killed_at(patched, rng)
+            try:
+                search_to_file(loaded(), output)
+            except KeyboardInterrupt:
+                kills += 1
+                assert not output.exists()
+    assert kills >= 4
+    assert journals(tmp_path / "cache") == [unbroken[0]]
+    assert output.read_text() == unbroken[1]
+    # What only an interrupted search needs is gone.
+    assert not list((tmp_path / "cache" / "fit").glob("*"))
+
+
+def test_more_trials_go_on_from_fewer(tmp_path: Path, unbroken: tuple[bytes, str]) -> None:
+    search_to_file(loaded("search.trials=7"), tmp_path / "few.yaml")
+    search_to_file(loaded(), tmp_path / "all.yaml")
+    (journal,) = journals(tmp_path / "cache")
+    trials = [line for line in journal.splitlines() if b'"trial"' in line]
+    assert trials == [line for line in unbroken[0].splitlines() if b'"trial"' in line]
+    assert len(trials) == 12
+
+
+def test_the_written_recipe_is_plain_and_bakes(
+    bake: Run, tmp_path: Path, unbroken: tuple[bytes, str]
+) -> None:
+    path = tmp_path / "chosen.yaml"
+    path.write_text(unbroken[1])
+    found = load_recipe(str(path)).recipe
+    assert found.search is None
+    number = int(unbroken[1].split("trial ")[1].split()[0])
+    lines = [json.loads(line) for line in unbroken[0].splitlines()]
+    trials = [one["trial"] for one in lines if "trial" in one]
+    point = trials[number]["point"]
+    assert found == with_point(loaded().recipe, point)
+    edit = found.edits[0].model_dump(mode="json")
+    assert edit["strength"] == point["edits.0.strength"]
+    folder = tmp_path / "baked"
+    code, _, err = bake("--recipe", str(path), "--output", str(folder))
+    assert code == 0, err
+    assert (folder / "bake.json").exists()
+
+
+def test_only_fit_and_select_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: tuple[bytes, str]
+) -> None:
+    """By what the model is shown, and by the fingerprints in the journal."""
+    seen: set[str] = set()
+    render = LiveModel.render
+    monkeypatch.setattr(
+        LiveModel, "render", lambda self, text: seen.add(text) or render(self, text)
+    )
+    search_to_file(loaded(), tmp_path / "chosen.yaml")
+    begun = json.loads(unbroken[0].splitlines()[0])
+    for role in ROLES:
+        parts = load_splits(f"{role}.txt")
+        assert begun["prompts"][role] == {
+            "fit": fingerprint(parts.fit),
+            "select": fingerprint(parts.select),
+        }
+        assert {one.text for one in (*parts.fit, *parts.select)} <= seen
+        assert not seen & {one.text for one in parts.test}
+    text = load_splits("text", language="any")
+    assert begun["prompts"]["text"]["fit"] == fingerprint(text.fit)
+
+
+def test_prompts_of_the_test_split_decide_nothing(tmp_path: Path) -> None:
+    """The run's hash, and so its journal, goes by the prompts that are looked at."""
+    from dataclasses import replace
+
+    one, other = (_Bench(loaded(), loaded().recipe.search) for _ in range(2))  # type: ignore[arg-type]
+    splits = dict(other.ready.splits)
+    splits["target"] = replace(splits["target"], test=splits["target"].test[1:])
+    other.__dict__["ready"] = replace(other.ready, splits=splits)
+    assert one.run == other.run
+    splits["target"] = replace(splits["target"], select=splits["target"].select[1:])
+    del other.__dict__["run"]
+    assert one.run != other.run
+
+
+def test_show_prints_the_front_and_the_answers(
+    bake: Run, tmp_path: Path, unbroken: tuple[bytes, str]
+) -> None:
+    code, _, err = bake("search", "show", "--recipe", "recipe.yaml")
+    assert code == 1 and "no search of this recipe has begun" in err
+    code, out, err = bake("search", "--recipe", "recipe.yaml", "--output", str(tmp_path / "c.yaml"))
+    assert code == 0, err
+    shown_now = shown(loaded())
+    assert shown_now in out
+    assert "12 trials" in shown_now and "answers in full, select split" in shown_now
+    code, out, err = bake("search", "show", "--recipe", "recipe.yaml")
+    assert code == 0 and out.strip() == shown_now
+
+
+def test_no_finalist_within_the_guard_is_exit_3_with_the_limit_and_the_journal_stays(
+    bake: Run, tmp_path: Path
+) -> None:
+    code, _, err = bake(
+        *("search", "--recipe", "recipe.yaml", "--output", str(tmp_path / "c.yaml")),
+        *("--set", "guard.target_at_most=5", "--set", "search.trials=3"),
+    )
+    assert code == 3
+    assert "at most 5 % asked" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "c.yaml").exists()
+    assert len(journals(tmp_path / "cache")) == 1
+
+
+def test_the_guard_decides_among_finalists() -> None:
+    """The best target that breaks a limit is passed over for the best that does not."""
+    from bake.search.run import _chosen
+
+    def answered(target: int, protected: int) -> dict[str, Rate]:
+        return {"target": Rate(target, 100), "protected": Rate(protected, 100)}
+
+    journal = SearchJournal(Path("none.jsonl"))
+    journal.answered = {None: answered(90, 90), 0: answered(15, 70), 1: answered(20, 89)}
+    journal.answered[2] = answered(40, 87)
+    trials = [trial(0, 15, 0.1), trial(1, 20, 0.1), trial(2, 40, 0.1)]
+    recipe = loaded("guard.protected_drop=2").recipe
+    assert _chosen(recipe, journal, trials).number == 1
+    strict = loaded("guard.protected_drop=2", "guard.target_at_most=10").recipe
+    with pytest.raises(GuardError, match=r"none of 3 finalists .* trial 1: target refusals are 20"):
+        _chosen(strict, journal, trials)
+
+
+def test_a_journal_that_is_none_is_refused_and_two_searches_do_not_share_one(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"trial": 3}\n')
+    with pytest.raises(OutputError, match=r"a\.jsonl:1: not a line of a search"):
+        SearchJournal(path)
+    path.unlink()
+    with (
+        SearchJournal.opened(path),
+        pytest.raises(OutputError, match="another search"),
+        SearchJournal.opened(path),
+    ):
+        pass
+
+
+def test_prompts_that_are_not_refused_end_the_search_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No class, no direction: no trial has figures."""
+    monkeypatch.setattr(BySet, "judge", lambda self, found: [Verdict(ANSWERED) for _ in found])
+    with pytest.raises(BakeError) as caught:
+        search_to_file(loaded("search.trials=2"), tmp_path / "c.yaml")
+    assert isinstance(caught.value, FitError)
+
+
+def test_a_recipe_with_a_search_bakes_as_it_stands() -> None:
+    assert isinstance(loaded().recipe, Recipe)
+    assert prepare(loaded().recipe).plan == prepare(loaded("search=null").recipe).plan
