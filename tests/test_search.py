@@ -1,8 +1,13 @@
 """`bake search`: spaces, trials on hooks, the journal, and the recipe that is written."""
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -432,6 +437,41 @@ def test_a_search_that_was_killed_goes_on_to_the_same_bytes(
     assert output.read_text() == unbroken[1]
     # What only an interrupted search needs is gone.
     assert not list((tmp_path / "cache" / "fit").glob("*"))
+
+
+@pytest.mark.slow
+def test_200_trials_killed_ten_times_are_those_of_an_unbroken_search(
+    place: Path, tmp_path: Path
+) -> None:
+    """By SIGKILL, in processes of their own, whatever they are doing."""
+    launcher = (
+        "import bake.search.run as run, tests.test_search as here; from bake.commands import main;"
+        "run.find_judge = here.BySet; main()"
+    )
+
+    def begun(cache: Path) -> subprocess.Popen[bytes]:
+        arguments = ["search", "--recipe", "recipe.yaml", "--set", "search.trials=200"]
+        arguments += ["--set", "search.finalists=4", "--output", str(cache / "chosen.yaml")]
+        root = str(Path(__file__).parent.parent)
+        env = {**os.environ, "BAKE_CACHE": str(cache), "PYTHONPATH": root}
+        return subprocess.Popen([sys.executable, "-c", launcher, *arguments], cwd=place, env=env)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert begun(whole).wait() == 0
+    rng = random.Random(0)
+    for _ in range(10):
+        size = sum(map(len, journals(broken)))
+        wanted = size + rng.randrange(1, 8000)
+        process = begun(broken)
+        while process.poll() is None and sum(map(len, journals(broken))) < wanted:
+            time.sleep(0.01)
+        time.sleep(0.1 * rng.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert begun(broken).wait() == 0
+    assert journals(broken) == journals(whole)
+    assert len(journals(whole)[0].splitlines()) == 1 + 200 + 5
+    assert (broken / "chosen.yaml").read_bytes() == (whole / "chosen.yaml").read_bytes()
 
 
 def test_more_trials_go_on_from_fewer(tmp_path: Path, unbroken: tuple[bytes, str]) -> None:
