@@ -27,11 +27,12 @@ from bake.pipeline import _fit, prepare
 from bake.prompts import fingerprint, load_splits
 from bake.recipe import Guard, LoadedRecipe, Recipe, load_recipe
 from bake.search.behind import Behind
+from bake.search.bench import Bench
 from bake.search.captured import check_memory
 from bake.search.draw import drawn
 from bake.search.journal import SearchJournal
 from bake.search.proxy import Proxy
-from bake.search.run import _Bench, search_to_file, shown
+from bake.search.run import search_to_file, shown
 from bake.search.space import corners, spaces, with_point
 from bake.search.trial import Figures, Trial, finalists, front
 from tests.conftest import Run
@@ -94,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("BAKE_CACHE", str(tmp_path / "cache"))
-    for user in ("pipeline", "fitting", "search.run"):
+    for user in ("pipeline", "fitting", "search.bench"):
         monkeypatch.setattr(f"bake.{user}.find_judge", BySet)
 
 
@@ -245,13 +246,13 @@ def _by_row(found: Any) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def bench(place: Path) -> Iterator[_Bench]:
+def bench(place: Path) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
         patched.setenv("BAKE_CACHE", str(place / "bench"))
-        patched.setattr("bake.search.run.find_judge", BySet)
-        made = _Bench(loaded(), loaded().recipe.search)  # type: ignore[arg-type]
-        made.proxy, made.captured  # noqa: B018
+        patched.setattr("bake.search.bench.find_judge", BySet)
+        made = Bench(loaded(), loaded().recipe.search)  # type: ignore[arg-type]
+        made.measure()
         yield made
 
 
@@ -280,7 +281,7 @@ def bench(place: Path) -> Iterator[_Bench]:
     ],
     ids=str,
 )
-def test_a_trial_makes_the_edits_that_a_bake_makes(bench: _Bench, point: dict[str, Any]) -> None:
+def test_a_trial_makes_the_edits_that_a_bake_makes(bench: Bench, point: dict[str, Any]) -> None:
     recipe = with_point(bench._recipe, point)
     ready = prepare(recipe)
     model = LiveModel.load(ready.base.folder, ready.arch)
@@ -309,7 +310,19 @@ def test_a_trial_makes_the_edits_that_a_bake_makes(bench: _Bench, point: dict[st
         torch.testing.assert_close(bench.model.logits(ids), hooked, rtol=1e-3, atol=1e-3)
 
 
-def test_the_figures_are_those_of_whole_passes(bench: _Bench) -> None:
+def test_what_is_held_is_counted(bench: Bench) -> None:
+    """Gram matrices of 32 x 32 in float32; samples of all blocks; states and log-probabilities."""
+    bench.captured.interventions(bench._recipe, bench.ready.plan)
+    prompts = sum(map(len, bench.labels.values()))
+    places = len(bench.captured._samples)
+    assert bench.captured.held == 4 * (6 * 32**2 + places * prompts * 3 * 32)
+    general = len(bench.prompts["general"])
+    tokens = sum(batch.ids.numel() for batch in bench.proxy._behind._batches)
+    tokens += len(bench.proxy._behind._prefix.ids)
+    assert bench.proxy.held == 4 * (tokens * 32 + general * 96)
+
+
+def test_the_figures_are_those_of_whole_passes(bench: Bench) -> None:
     """P(refusal) and KL by the definition, on the unbatched model."""
     recipe = with_point(bench._recipe, {"edits.0.strength": -1.5})
     tried = bench.captured.interventions(recipe, bench.plan(recipe))
@@ -331,7 +344,7 @@ def test_the_figures_are_those_of_whole_passes(bench: _Bench) -> None:
     assert found.kl > 1e-3
 
 
-def test_a_point_that_cannot_be_fitted_is_a_trial_with_its_reason(bench: _Bench) -> None:
+def test_a_point_that_cannot_be_fitted_is_a_trial_with_its_reason(bench: Bench) -> None:
     one = bench.trial(3, {}, {"edits.0.layers": "1-9"})
     assert one.figures is None and not one.allowed
     assert "layer" in one.failed
@@ -385,7 +398,7 @@ def unbroken(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[byt
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
         patched.setenv("BAKE_CACHE", str(cache))
-        patched.setattr("bake.search.run.find_judge", BySet)
+        patched.setattr("bake.search.bench.find_judge", BySet)
         search_to_file(loaded(), cache / "chosen.yaml")
     (journal,) = journals(cache)
     return journal, (cache / "chosen.yaml").read_text()
@@ -445,8 +458,8 @@ def test_200_trials_killed_ten_times_are_those_of_an_unbroken_search(
 ) -> None:
     """By SIGKILL, in processes of their own, whatever they are doing."""
     launcher = (
-        "import bake.search.run as run, tests.test_search as here; from bake.commands import main;"
-        "run.find_judge = here.BySet; main()"
+        "from bake.search import bench; from tests import test_search as here; from bake.commands import main;"
+        "bench.find_judge = here.BySet; main()"
     )
 
     def begun(cache: Path) -> subprocess.Popen[bytes]:
@@ -530,7 +543,7 @@ def test_prompts_of_the_test_split_decide_nothing(tmp_path: Path) -> None:
     """The run's hash, and so its journal, goes by the prompts that are looked at."""
     from dataclasses import replace
 
-    one, other = (_Bench(loaded(), loaded().recipe.search) for _ in range(2))  # type: ignore[arg-type]
+    one, other = (Bench(loaded(), loaded().recipe.search) for _ in range(2))  # type: ignore[arg-type]
     splits = dict(other.ready.splits)
     splits["target"] = replace(splits["target"], test=splits["target"].test[1:])
     other.__dict__["ready"] = replace(other.ready, splits=splits)
