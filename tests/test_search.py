@@ -438,7 +438,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_bytes(
     output = tmp_path / "chosen.yaml"
     while not output.exists():
         with pytest.MonkeyPatch.context() as patched:
-            if kills < 9:
+            if kills < 6:
                 killed_at(patched, rng)
             try:
                 search_to_file(loaded(), output)
@@ -458,8 +458,8 @@ def test_200_trials_killed_ten_times_are_those_of_an_unbroken_search(
 ) -> None:
     """By SIGKILL, in processes of their own, whatever they are doing."""
     launcher = (
-        "from bake.search import bench; from tests import test_search as here; from bake.commands import main;"
-        "bench.find_judge = here.BySet; main()"
+        "from bake.commands import main; from bake.search import bench; from tests.test_search "
+        "import BySet; bench.find_judge = BySet; main()"
     )
 
     def begun(cache: Path) -> subprocess.Popen[bytes]:
@@ -525,7 +525,7 @@ def test_only_fit_and_select_are_looked_at(
     monkeypatch.setattr(
         LiveModel, "render", lambda self, text: seen.add(text) or render(self, text)
     )
-    search_to_file(loaded(), tmp_path / "chosen.yaml")
+    search_to_file(loaded("search.trials=2"), tmp_path / "chosen.yaml")
     begun = json.loads(unbroken[0].splitlines()[0])
     for role in ROLES:
         parts = load_splits(f"{role}.txt")
@@ -553,17 +553,17 @@ def test_prompts_of_the_test_split_decide_nothing(tmp_path: Path) -> None:
     assert one.run != other.run
 
 
-def test_show_prints_the_front_and_the_answers(
-    bake: Run, tmp_path: Path, unbroken: tuple[bytes, str]
-) -> None:
-    code, _, err = bake("search", "show", "--recipe", "recipe.yaml")
+def test_show_prints_the_front_and_the_answers(bake: Run, tmp_path: Path) -> None:
+    options = ("--recipe", "recipe.yaml", "--set", "search.trials=3")
+    code, _, err = bake("search", "show", *options)
     assert code == 1 and "no search of this recipe has begun" in err
-    code, out, err = bake("search", "--recipe", "recipe.yaml", "--output", str(tmp_path / "c.yaml"))
+    code, out, err = bake("search", *options, "--output", str(tmp_path / "c.yaml"))
     assert code == 0, err
-    shown_now = shown(loaded())
+    assert "joins the front: target" in err
+    shown_now = shown(loaded("search.trials=3"))
     assert shown_now in out
-    assert "12 trials" in shown_now and "answers in full, select split" in shown_now
-    code, out, err = bake("search", "show", "--recipe", "recipe.yaml")
+    assert "3 trials" in shown_now and "answers in full, select split" in shown_now
+    code, out, err = bake("search", "show", *options)
     assert code == 0 and out.strip() == shown_now
 
 
