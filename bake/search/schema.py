@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from math import isfinite
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from bake.recipe_errors import ContradictionError, near
 from bake.recipe_section import Section
@@ -71,6 +73,13 @@ class Parameter(Section):
     @classmethod
     def _short_form(cls, value: object) -> object:
         return {"choices": value} if isinstance(value, list | tuple) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The short form too."""
+        return {"anyOf": [{"type": "array"}, handler(core)]}
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> "Parameter":
