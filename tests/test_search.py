@@ -23,7 +23,8 @@ from bake.evaluate import Rate
 from bake.hooks import steered
 from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel, batches
-from bake.pipeline import _fit, prepare
+from bake.pipeline import _fit
+from bake.prepare import prepare
 from bake.prompts import fingerprint, load_splits
 from bake.recipe import Guard, LoadedRecipe, Recipe, load_recipe
 from bake.search.behind import Behind

@@ -20,8 +20,8 @@ from bake.judge.choice import find_judge
 from bake.judge.thinking import Thinking
 from bake.manifest import file_hash, versions
 from bake.model import LiveModel
-from bake.pipeline import Prepared, prepare
 from bake.plan import Plan, make_plan
+from bake.prepare import Prepared, prepare
 from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe, Search
