@@ -370,7 +370,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name of weights": (lambda p: save_file({"w": torch.ones(2)}, p), "'w' is no name"),
     "a name with a line break": (
         lambda p: header(p, {"a\nb": entry(2, dtype="X")}, bytes(8)),
-        "a b: dtype 'X'",
+        r"'a\\nb': malformed name",
     ),
     "two names of a layer": (
         lambda p: save_file({"direction.1": torch.ones(2), "1": torch.ones(2)}, p),

@@ -405,7 +405,7 @@ def test_no_edits_and_no_exports(tmp_path: Path) -> None:
         (
             "{op: ablate, layers: 3}",
             "{adapters: [gguf]}",
-            "adapters: a LoRA for llama.cpp is of a GGUF; give export.gguf",
+            "adapters: a LoRA for llama.cpp is of a GGUF; give it as export.gguf.base",
         ),
         (
             "{op: ablate, layers: 3, variant: norm-preserving}",
