@@ -91,8 +91,12 @@ def test_peft_loads_it_and_it_is_the_hooked_model(
     with torch.inference_mode():
         after = loaded(input_ids=BATCH.ids, attention_mask=BATCH.mask).logits
     assert effect_lost(before, hooked, after) < 1e-4
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    files = [
+        tmp_path / "adapter" / f"adapter_{name}" for name in ("config.json", "model.safetensors")
+    ]
+    config = json.loads(files[0].read_text())
     assert config["r"] == config["lora_alpha"] == 1
+    assert files[0].stat().st_mode == files[1].stat().st_mode  # whoever reads one reads the other
 
 
 @pytest.mark.parametrize("spec", [GATE, ABLATE], ids=["gate", "ablate"])

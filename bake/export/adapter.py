@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFWriter
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from bake.arch import Arch
@@ -119,7 +119,9 @@ def write_peft(
     folder.mkdir()
     text = json.dumps(config, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # `save_file` makes a file for its owner alone.
+    weights = save(tensors, metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(weights)
 
 
 def write_gguf_lora(
