@@ -13,17 +13,15 @@ from pydantic_core import CoreSchema
 
 from bake.prompts.rows import HUB, Place
 from bake.recipe_errors import ContradictionError
+from bake.recipe_export import Conversion, Export, GGUFExport
+from bake.recipe_fit import Answers, Fit, Positions
 from bake.recipe_section import Section as _Section
 from bake.recipe_values import (
     BY_GRADIENT,
-    FLOATS,
     SEVERAL,
     Answering,
-    Basis,
     Commit,
     Count,
-    Estimator,
-    FileType,
     Language,
     Layer,
     Layers,
@@ -34,7 +32,6 @@ from bake.recipe_values import (
     SetName,
     Sites,
     Strength,
-    TensorType,
     Text,
     Url,
     Variable,
@@ -190,125 +187,6 @@ class PromptRoles(_Section):
         return self
 
 
-class Positions(_Section):
-    """How many tokens of each chat the activations are taken from."""
-
-    template: int = Field(
-        default=6, ge=1, le=512, description="The last tokens of the prompt in its chat template."
-    )
-    answer: int = Field(default=10, ge=0, le=4096, description="The first tokens of the answer.")
-    direction: int = Field(
-        default=-1,
-        ge=-512,
-        le=-1,
-        description="The token that the direction is measured at, counted from the prompt's end.",
-    )
-
-
-class Answers(_Section):
-    """The base model's own answers, from which a prompt's class comes."""
-
-    samples: int = Field(
-        default=1,
-        ge=1,
-        le=100,
-        description="Answers to each prompt: one is the greedy one, several are sampled and "
-        "weighed by their likelihood.",
-    )
-    temperature: float = Field(
-        default=1.0, gt=0, le=10, description="The temperature of sampled answers."
-    )
-    tokens: Count = Field(default=16, description="Tokens at most in an answer.")
-
-
-class Fit(_Section):
-    """How the direction of refusal is estimated."""
-
-    estimator: Estimator = Field(
-        default="mean-difference", description="How a direction is made of two classes."
-    )
-    site: Literal["mid", "out"] = Field(
-        default="out",
-        description="Where the direction is measured: after a block's attention, or after all "
-        "of it.",
-    )
-    layer: Layer | None = Field(
-        default=None,
-        description="The block whose direction all edits take; null for each layer's own.",
-    )
-    ridge: Ridge = Field(
-        default=0.01,
-        description="The ridge of rmd, wrmd, lda, logistic and low-rank-mix, in units of "
-        "tr(covariance) / width.",
-    )
-    entries: Count = Field(
-        default=200, description="The entries of the direction that `category` keeps."
-    )
-    basis: Basis = Field(default=4, description="The directions of a layer that som and cone give.")
-    map_side: int = Field(
-        default=4, ge=1, le=32, description="The side of som's square map, in neurons."
-    )
-    steps: Count = Field(
-        default=100, description="The steps of gradient that cone and low-rank-mix take."
-    )
-    categories: Annotated[tuple[SetName, ...], Field(strict=False)] = Field(
-        default=(),
-        description="Further prompt sets, each a kind of refusal whose direction low-rank-mix "
-        "mixes, beside those of the refused and the protected class.",
-    )
-    bootstrap: int | None = Field(
-        default=None,
-        ge=0,
-        le=10_000,
-        description="Resamples of the topics behind a direction's spread, 0 for none; null for 20, "
-        "and for none where each would be learned anew.",
-    )
-    prompts_per_class: int = Field(
-        default=150, ge=2, le=1_000_000, description="Prompts at most from each class."
-    )
-    refused: Literal["target", "protected", "refused"] = Field(
-        default="target", description="The class that supplies the refusing side of the direction."
-    )
-    contrast: Literal["general", "lookalike", "protected"] = Field(
-        default="general", description="The class that the refusing side is compared with."
-    )
-    protect: Literal["none", "remove", "residual", "null-space"] = Field(
-        default="none",
-        description="What is kept out of the direction: `remove` the protected class's direction, "
-        "`residual` those of all concepts by ridge regression, `null-space` where the "
-        "protected and general prompts' activations lie.",
-    )
-    protect_strength: float = Field(
-        default=1.0, ge=0, le=1, description="The share that `remove` takes out."
-    )
-    protect_ridge: Ridge = Field(
-        default=0.01, description="The ridge of `residual`, in units of the concepts' mean square."
-    )
-    protect_share: float = Field(
-        default=0.5,
-        gt=0,
-        lt=1,
-        description="The share of the stream's dimensions, those where the prompts' activations "
-        "are smallest, that `null-space` leaves to the direction.",
-    )
-    concepts: Annotated[tuple[SetName, ...], Field(strict=False)] = Field(
-        default=(), description="Further prompt sets, each a concept that `residual` protects."
-    )
-    answers: Answers = Field(
-        default=Answers(), description="The answers that say which class a prompt is in."
-    )
-    positions: Positions = Field(
-        default=Positions(), description="The tokens that the activations are taken from."
-    )
-
-    @property
-    def resamples(self) -> int:
-        """How often the topics are drawn again."""
-        if self.bootstrap is not None:
-            return self.bootstrap
-        return 0 if self.estimator in BY_GRADIENT else 20
-
-
 class Add(_Section):
     """Add the direction to the residual stream after one block, on every token."""
 
@@ -428,166 +306,6 @@ class Gate(_Section):
         default=0.0,
         description="How far protected prompts are steered towards refusal, where the target is "
         "steered by 1: 0 leaves them where they are.",
-    )
-
-
-EditedTypeName = Literal[
-    "auto",
-    "same",
-    "f32",
-    "f16",
-    "bf16",
-    "q8_0",
-    "q6_k",
-    "q5_k",
-    "q5_1",
-    "q5_0",
-    "q4_k",
-    "q4_1",
-    "q4_0",
-    "iq4_nl",
-    "iq4_xs",
-    "mxfp4",
-    "q3_k",
-    "iq3_s",
-    "q2_k",
-]
-
-
-class Conversion(_Section):
-    """A GGUF of the baked checkpoint by llama.cpp's converter; a bare type stands for it.
-
-    The keys are the options of llama-quantize.
-    """
-
-    type: FileType = Field(
-        description="The type of the file, as llama-quantize names it, or `base`: every matrix in "
-        "the type that it has in export.gguf.base."
-    )
-    imatrix: Text | None = Field(
-        default=None,
-        description="The file of an importance matrix (.gguf or .dat), or `text`: one is computed "
-        "on prompts.text.",
-    )
-    tensor_types: dict[Text, TensorType] = Field(
-        default={},
-        description="Types of single matrices, by a regular expression of their GGUF names; the "
-        "first that is found counts.",
-    )
-    output_tensor_type: TensorType | None = Field(
-        default=None, description="The type of output.weight, or of tied embeddings."
-    )
-    token_embedding_type: TensorType | None = Field(
-        default=None, description="The type of the token embedding."
-    )
-    pure: bool = Field(
-        default=False, description="Whether all matrices get the one type, without a mix."
-    )
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the converter writes the type itself."""
-        return self.type in FLOATS
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: object) -> object:
-        return {"type": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """The short form too."""
-        reference = handler(core)
-        full = handler.resolve_ref_schema(reference)
-        return {"anyOf": [full["properties"]["type"], reference]}
-
-    @model_validator(mode="after")
-    def _used(self) -> "Conversion":
-        findings: list[tuple[tuple[str | int, ...], str]] = []
-        for name in ("imatrix", *_TYPED, "pure"):
-            if getattr(self, name) and self.is_float:
-                findings.append(((name,), f"{self.type} is not quantised; leave it out"))
-            elif getattr(self, name) and self.type == "base" and name != "imatrix":
-                findings.append(((name,), "type: base has the type of every matrix; leave it out"))
-        if findings:
-            raise ContradictionError(findings)
-        return self
-
-
-_TYPED = ("tensor_types", "output_tensor_type", "token_embedding_type")
-
-
-class GGUFExport(_Section):
-    """A GGUF file, written by patching one of the same model, or by converting the checkpoint."""
-
-    base: Text | None = Field(
-        default="demo",
-        description="`demo`, or the path of a GGUF of the same model, which is patched; null "
-        "under `convert`, but for its `type: base`.",
-    )
-    convert: Conversion | None = Field(
-        default=None, description="The type to convert the baked checkpoint to, or null to patch."
-    )
-    edited_type: EditedTypeName = Field(
-        default="q8_0",
-        description="The type of the edited matrices; the others keep theirs. `auto` is the "
-        "smallest that keeps the edit, `same` the base's own or a refusal. Under `convert` what "
-        "the type has for them, unless one is named.",
-    )
-
-    @property
-    def named_type(self) -> str | None:
-        """The type of edited matrices where the recipe names one."""
-        return self.edited_type if "edited_type" in self.model_fields_set else None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_base(cls, value: object) -> object:
-        """Nothing is patched where the checkpoint is converted."""
-        if isinstance(value, dict) and value.get("convert") is not None:
-            return {"base": None, **value}
-        return value
-
-    @model_validator(mode="after")
-    def _one_road(self) -> "GGUFExport":
-        findings: list[tuple[tuple[str | int, ...], str]] = []
-        mix = self.convert is not None and self.convert.type == "base"
-        if self.convert is None and self.base is None:
-            findings.append((("base",), "nothing to patch; give a GGUF, or export.gguf.convert"))
-        if mix and self.base is None:
-            findings.append((("base",), "convert.type is base; give the GGUF whose types it takes"))
-        if self.convert and not mix and self.base is not None:
-            message = "is patched, and convert takes the checkpoint; leave one of them out"
-            findings.append((("base",), message))
-        if self.convert and self.named_type in ("auto", "same"):
-            message = f"{self.edited_type} is of patched files; under convert name a type"
-            findings.append((("edited_type",), message))
-        elif self.convert and self.named_type and self.convert.is_float:
-            message = f"convert.type is {self.convert.type}, for all matrices; leave it out"
-            findings.append((("edited_type",), message))
-        if findings:
-            raise ContradictionError(findings)
-        return self
-
-
-class Export(_Section):
-    """What is written."""
-
-    safetensors: bool = Field(
-        default=True, description="Whether a safetensors checkpoint is written."
-    )
-    gguf: GGUFExport | None = Field(default=None, description="The GGUF file to write, or null.")
-    adapters: Annotated[tuple[Literal["peft", "gguf"], ...], Field(strict=False)] = Field(
-        default=(),
-        description="LoRAs of the same edits to write beside it: for PEFT and vLLM, for llama.cpp "
-        "and Ollama (with the base GGUF).",
-    )
-    control_vector: bool = Field(
-        default=False,
-        description="Whether a control vector for llama.cpp is written, of edits that only add "
-        "after blocks.",
     )
 
 
