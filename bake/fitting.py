@@ -12,7 +12,7 @@ import torch
 from bake.aligned import aligned
 from bake.directions import Directions, save_directions
 from bake.directions.value import FIGURES
-from bake.errors import DirectionsError
+from bake.errors import DirectionsError, FitError
 from bake.fit.estimate import roles_shown
 from bake.fit.run import fit_directions, labels_of_direction, measured_directions
 from bake.fit.select import DEPTH, DIVERGENCE, Candidate, best
@@ -25,7 +25,7 @@ from bake.prepare import Prepared, base_hashes, prepare, run_of
 from bake.progress import note, progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe
-from bake.recipe_values import SEVERAL
+from bake.recipe_values import BY_GRADIENT, SEVERAL
 from bake.staging import check_file, staged_file
 from bake.work import Work
 
@@ -82,18 +82,22 @@ def select_to_file(
     """Measure a direction at every site, layer and token asked for; write their figures as JSON.
 
     `tokens` are the last ones of the prompt. Prompts are answered once, to be labelled, and no
-    text is written for a candidate; the one that `best` chooses is returned. Everything else is
-    as in `fit_to_file`.
+    text is written for a candidate; the one that `best` chooses is returned. Raises FitError for an
+    estimator whose directions are not of the places asked for. Everything else is as in
+    `fit_to_file`.
     """
     recipe = loaded.recipe
     check_file(output, overwrite)
+    _check_selectable(recipe, sites)
     variants = [
         (site, -1 - back, _measured_at(recipe, site, -1 - back))
         for site in sites
         for back in range(tokens)
     ]
     found: list[Candidate] = []
-    with _begun(variants[-1][2], layers, "select") as run:
+    # What a model may lack is the middle of its blocks: that is asked before it is loaded.
+    asked = next((one for site, _, one in variants if site == "mid"), variants[0][2])
+    with _begun(asked, layers, "select") as run:
         with progress("answers", run.count, run.work.main) as update:
             labels = labels_of_direction(run.model, recipe, run.prompts, run.judge, update)
         for site, token, variant in variants:
@@ -154,6 +158,18 @@ def _begun(recipe: Recipe, layers: Sequence[int] | None, label: str) -> Iterator
     prompts = {role: found for role, found in every.items() if role in shown}
     yield _Run(ready, model, judge, chosen, prompts, ready.concept_prompts)
     journal.remove()
+
+
+def _check_selectable(recipe: Recipe, sites: Sequence[Site]) -> None:
+    """Refuse an estimator that chooses by itself, or that learns at another site."""
+    estimator = recipe.fit.estimator
+    if estimator == "cosmic":
+        raise FitError(
+            "fit.estimator: cosmic chooses the layer by itself; take mean-difference, whose "
+            "table has COSMIC's score"
+        )
+    if estimator in BY_GRADIENT and "mid" in sites:
+        raise FitError(f"--site: {estimator} learns a vector behind whole blocks; use out")
 
 
 def _measured_at(recipe: Recipe, site: Site, token: int) -> Recipe:

@@ -213,6 +213,35 @@ def test_a_place_that_the_model_lacks_is_refused(
 
 
 @pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [("cosmic", "cosmic chooses the layer by itself"), ("cone", "--site: cone learns a vector")],
+)
+def test_a_selection_of_what_is_not_measured_there_is_refused(
+    tmp_path: Path, estimator: str, message: str
+) -> None:
+    with pytest.raises(FitError, match=message):
+        select_to_file(
+            loaded(f"fit.estimator={estimator}", "fit.basis=1"),
+            tmp_path / "s.json",
+            sites=("mid", "out"),
+        )
+    assert not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_selection_in_parallel_blocks_is_refused_unloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny("phi", tmp_path / "phi")
+    monkeypatch.delattr(LiveModel, "load")
+    with pytest.raises(ArchitectureError, match=r"^fit.site: .* parallel"):
+        select_to_file(
+            loaded(f"model={tmp_path / 'phi'}"), tmp_path / "s.json", sites=("mid", "out")
+        )
+
+
+@pytest.mark.usefixtures("inside")
 def test_parallel_blocks_have_no_middle(tmp_path: Path) -> None:
     write_tiny("phi", tmp_path / "phi")
     with pytest.raises(ArchitectureError, match=r"^fit.site: .* parallel.*use site: out$"):
