@@ -36,7 +36,7 @@ def base_model(recipe: Recipe) -> BaseModel:
     The demo is SmolLM2-135M-Instruct with a LoRA merged in, and has no name of its own.
     """
     hub_id = "HuggingFaceTB/SmolLM2-135M-Instruct" if recipe.model == "demo" else recipe.model
-    if recipe.model != "demo" and Path(recipe.model).is_dir():
+    if recipe.model != "demo" and _is_folder(Path(recipe.model)):
         return BaseModel(Path(recipe.model).resolve().name)
     organization, _, name = hub_id.rpartition("/")
     return BaseModel(name, organization, hub_id, recipe.revision or "")
@@ -79,7 +79,7 @@ def find_folder(model: str, revision: str | None = None) -> Path:
     if model == "demo":
         return materialise().model
     path = Path(model)
-    if path.is_dir():
+    if _is_folder(path):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -92,3 +92,11 @@ def find_folder(model: str, revision: str | None = None) -> Path:
             f"model: {model}: no such folder, and the Hub gave none ({reason}); "
             "give a local folder or a Hub id, and log in for a gated one"
         ) from error
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one: a name too long for the system is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

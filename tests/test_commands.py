@@ -454,3 +454,12 @@ def test_every_shipped_recipe_can_be_planned(bake: Run, demo: object, name: str)
     code, out, err = bake("plan", "--recipe", name)
     assert code == 0, err
     assert "model.layers.1" in out
+
+
+def test_a_model_named_beyond_the_systems_names_is_one_line(bake: Run) -> None:
+    others = ("export.gguf=null", "evaluate.runtimes=[transformers]")
+    chosen = [part for one in others for part in ("--set", one)]
+    code, _, err = bake("plan", "--recipe", "political-open", "--model", "a" * 5000, *chosen)
+    assert code == 1
+    assert err.startswith("bake: model: aaa")
+    assert len(err.splitlines()) == 1
