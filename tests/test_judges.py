@@ -144,6 +144,10 @@ class Handler(BaseHTTPRequestHandler):
             server.busiest = max(server.busiest, server.busy)
         try:
             status, headers, content = server.answer(number, body)
+        finally:
+            with server.lock:  # before the client has its answer, and asks again
+                server.busy -= 1
+        try:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -152,9 +156,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has waited long enough
-        finally:
-            with server.lock:
-                server.busy -= 1
 
     def log_message(self, *_: object) -> None:
         pass
