@@ -95,9 +95,8 @@ def cli(
     llama_cpp: str | None,
     overwrite: bool,
 ) -> None:
-    r"""Fold steering into the weights of a language model, and prove it.
+    """Fold steering into the weights of a language model, and prove it.
 
-    \b
     bake --recipe political-open.yaml
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in (

@@ -5,8 +5,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before torch and llama.cpp start their threads: more threads than cores crawl.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch and llama.cpp start their threads: more threads than cores crawl, those of
+# all of xdist's workers together.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1" if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 else "2"
+)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,7 +24,7 @@ from bake.commands import main
 from bake.demo import Demo, materialise
 from tests.tiny import TINY, write_tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 logging.disable_progress_bar()
 # The first example of a property also pays for torch's start, on a busy machine dearly.
 settings.register_profile("bake", deadline=None, derandomize=True)

@@ -1,6 +1,7 @@
 """The main job on the real demo model, from recipe to folder, small enough to run every time."""
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ SMALL = (
 FULL = ("export.adapters=[peft, gguf]", "export.gguf.edited_type=auto")
 # Where answers are not looked at.
 QUICK = ("evaluate.limit=1", "evaluate.answer_tokens=2", "verify.prompts=1")
+API = Path(__file__).parent.parent / "docs" / "api.md"
 ADD = "edits=[{op: add, layer: 17, strength: -1}]"
 
 
@@ -67,6 +69,22 @@ def few_inputs() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def baked(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield bake(small(tmp_path_factory.mktemp("baked") / "out", *FULL))
+
+
+def test_the_documentations_python_runs(
+    baked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/api.md, but for its first block, which is the bake itself."""
+    blocks = re.findall(r"```python\n(.*?)```", API.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "opened").symlink_to(baked)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks[1:]:
+        exec(block, names)
+    answer, *norms = capsys.readouterr().out.splitlines()
+    assert len(answer.split()) > 3
+    assert [line.split()[0] for line in norms[-5:]] == ["17", "18", "19", "20", "21"]
 
 
 def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> None:

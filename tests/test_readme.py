@@ -23,7 +23,9 @@ def test_the_two_commands_are_the_ones_that_ci_and_tests_run() -> None:
     install, run = first.split(" && ")
     assert install == 'pip install -c constraints.txt -e ".[demo]"'
     assert run == "bake --recipe recipes/political-open.yaml"
-    assert second == 'pip install -c constraints.txt -e ".[demo,test]" && pytest'
+    install, run = second.split(" && ")
+    assert install == 'pip install -c constraints.txt -e ".[demo,test]"'
+    assert run == "pytest -n 2 --dist loadfile"
     assert (ROOT / "recipes/political-open.yaml").is_file()
 
 
