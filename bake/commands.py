@@ -1,5 +1,6 @@
 """The command line: thin commands over the package, and the one boundary for errors."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from bake import __version__
 from bake.errors import BakeError, RecipeError
 
 __all__ = ["cli", "main"]
+
+# What a system says of a path, wherever one is touched first.
+_SYSTEM = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.EPERM, errno.EROFS)
 
 
 class _Recipes(click.Group):
@@ -787,6 +791,11 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or error.errno not in _SYSTEM:
+            raise
+        click.echo(f"bake: {error.filename}: {error.strerror}; give another path", err=True)
+        sys.exit(BakeError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("bake: interrupted", err=True)
         sys.exit(130)

@@ -154,6 +154,7 @@ def test_a_plan_reads_headers_only(bake: Run, place: Path) -> None:
     assert end > 140e9
 
 
+LONG = "a" * 5000
 SHAPED = "edits.0={op: add, layer: 1, strength: -1}"
 
 
@@ -459,7 +460,27 @@ def test_every_shipped_recipe_can_be_planned(bake: Run, demo: object, name: str)
 def test_a_model_named_beyond_the_systems_names_is_one_line(bake: Run) -> None:
     others = ("export.gguf=null", "evaluate.runtimes=[transformers]")
     chosen = [part for one in others for part in ("--set", one)]
-    code, _, err = bake("plan", "--recipe", "political-open", "--model", "a" * 5000, *chosen)
+    code, _, err = bake("plan", "--recipe", "political-open", "--model", LONG, *chosen)
     assert code == 1
     assert err.startswith("bake: model: aaa")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("reproduce", LONG),
+        ("clean", LONG),
+        ("--recipe", "political-open", "--output", LONG),
+        ("plan", "--recipe", "political-open", "--set", f"export.gguf.base={LONG}"),
+    ],
+    ids=lambda one: one[0],
+)
+def test_any_name_beyond_the_systems_names_is_one_line(
+    bake: Run, arguments: tuple[str, ...]
+) -> None:
+    code, out, err = bake(*arguments)
+    assert (code, out) == (1, "")
+    assert LONG in err
+    assert err.endswith("File name too long; give another path\n")
     assert len(err.splitlines()) == 1
