@@ -119,6 +119,11 @@ def _url(url: str) -> str:
         sound = False
     if not sound or not re.fullmatch(r"[!-~]+", url):
         raise ValueError(f"expected a URL like http://localhost:8000/v1, found {url!r}")
+    if parts.username is not None:  # which no message may repeat
+        raise ValueError(
+            "has a name or a password, and a recipe is published; name the environment variable "
+            "that holds the key in judge.key"
+        )
     return url
 
 
