@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from bake.edits import Edit
 from bake.model import LiveModel
 
-__all__ = ["Intervention", "on_output", "steered"]
+__all__ = ["Intervention", "edits_by_tensor", "on_output", "steered"]
 
 
 class Intervention(Protocol):
@@ -36,6 +36,15 @@ def steered(model: LiveModel, interventions: Sequence[Intervention]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def edits_by_tensor(interventions: Iterable[Intervention]) -> dict[str, list[Edit]]:
+    """The edits of all interventions in their order, by the tensor that each changes."""
+    found: dict[str, list[Edit]] = {}
+    for intervention in interventions:
+        for edit in intervention.edits():
+            found.setdefault(edit.tensor, []).append(edit)
+    return found
 
 
 def on_output(module: nn.Module, change: Any) -> RemovableHandle:

@@ -18,17 +18,19 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from torch.nn.functional import gelu
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from bake.arch import Arch
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
-from bake.edits import AddVector, CreatedTensor, Edit
+from bake.edits import AddVector, CreatedTensor
 from bake.errors import GGUFError
 from bake.export.gguf import patch
 from bake.export.layout import patch_gguf
 from bake.export.same_model import check_same_model
 from bake.gguf_file import GGUFFile
-from bake.hooks import steered
+from bake.hooks import edits_by_tensor, steered
 from bake.llama import LlamaModel
 from bake.model import LiveModel
 from bake.plan import check_gguf, make_plan
@@ -116,8 +118,6 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, object]]]] = {
     "deepseek_v2": ({}, (ABLATE, ONE, START)),
     "deepseek_v3": ({}, (ABLATE, ONE, START)),
 }
-# Their GELU is a table of float16 in llama.cpp (ggml's src/ggml-cpu/vec.h, GGML_GELU_FP16).
-BY_TABLE = {"gemma", "gemma2", "gemma3_text", "gpt2", "phi", "starcoder2"}
 # A vector behind a block goes into a bias there.
 BIASED = ("llama", "granite", "falcon_h1", "starcoder2", "gpt2", "phi", "gpt_oss")
 CONVERT = """
@@ -177,6 +177,23 @@ def logits(path: Path) -> torch.Tensor:
         return torch.from_numpy(np.stack([model.logits(ids) for ids in BATCH.ids.tolist()]))
 
 
+class TableGELU(torch.nn.Module):
+    """GELU as ggml looks it up in a table of float16 (src/ggml-cpu/vec.h, `ggml_vec_gelu_f32`)."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        found = gelu(given.half().float(), approximate="tanh").half().float()
+        return torch.where(given.abs() < 10, found, given.clamp_min(0))
+
+
+def with_gelu_of_ggml(model: LiveModel) -> LiveModel:
+    """The same model with llama.cpp's GELU: what is compared is the edit and not the table."""
+    for module in list(model.model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (NewGELUActivation, GELUTanh)):
+                setattr(module, name, TableGELU())
+    return model
+
+
 def centred(logits: torch.Tensor) -> torch.Tensor:
     return logits - logits.mean(-1, keepdim=True)
 
@@ -201,18 +218,16 @@ def check_edits(
     base: Checkpoint, arch: Arch, gguf: GGUFFile, edits: Sequence[Mapping[str, object]]
 ) -> None:
     """Patch the GGUF by each of some edits: its logits move as those of the hooked model do."""
-    model = LiveModel.load(base.folder, arch)
+    model = with_gelu_of_ggml(LiveModel.load(base.folder, arch))
+    # An entry of the table may be the next one where the last digit of what it is asked differs.
+    by_table = any(isinstance(one, TableGELU) for one in model.model.modules())
     before = model.logits(BATCH)
     there = logits(gguf.path)
-    # gelu is a table of float16 in llama.cpp.
-    torch.testing.assert_close(there, before, atol=2e-2, rtol=2e-3)
+    torch.testing.assert_close(there, before, atol=1e-3, rtol=1e-3)
 
     for number, spec in enumerate(edits):
         built = interventions(base, arch, recipe_of(spec))
-        made: dict[str, list[Edit]] = {}
-        for one in built:
-            for edit in one.edits():
-                made.setdefault(edit.tensor, []).append(edit)
+        made = edits_by_tensor(built)
         output = gguf.path.with_name(f"{number}.gguf")
         plan = make_plan(recipe_of(spec), base, arch)
         check_gguf(plan, base, arch, gguf)
@@ -226,7 +241,7 @@ def check_edits(
             centred(after - base) for after, base in ((hooked, before), (logits(output), there))
         )
         lost = float((moved_there - moved).abs().max()) / float(moved.abs().max())
-        assert lost < (1e-2 if arch.model_type in BY_TABLE else 1e-4), (spec, lost)
+        assert lost < (1e-3 if by_table else 1e-4), (spec, lost)
 
 
 @pytest.mark.parametrize("model_type", ROWS)
