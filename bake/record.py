@@ -16,6 +16,7 @@ from bake.export.requantise import LEAST_SHARE, MOST_NOISE, MOST_NOISE_SAME
 from bake.fit.kept import write_kept
 from bake.fit.readings import HIGH, LOW
 from bake.fit.run import Fitted
+from bake.gguf_file import GGUFFile
 from bake.html.files import write_report
 from bake.manifest import NAME, file_hashes, versions, write_manifest
 from bake.measure import Measured
@@ -50,7 +51,8 @@ def record(
         if written.said:
             write_parity(staging / written.gguf, measured.parity["llama.cpp"])
         ends = model.tokenizer.convert_ids_to_tokens(sorted(model.end_tokens()))
-        write_ollama(staging, written.gguf, parameters(ready.base.folder, ends))
+        parts = [part.path.name for part in GGUFFile.open(staging / written.gguf).files]
+        write_ollama(staging, parts, parameters(ready.base.folder, ends))
     recipe = loaded.recipe
     save_directions(fitted.directions, staging / DIRECTIONS)
     if fitted.kept:

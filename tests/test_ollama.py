@@ -52,9 +52,10 @@ def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
 
 def test_the_modelfile_and_the_parameters_of_the_hub(tmp_path: Path) -> None:
     chosen = {"temperature": 0.6, "stop": ["<|im_end|>", 'say "done"!']}
-    write_ollama(tmp_path, "model.gguf", chosen)
+    parts = [f"model-0000{number}-of-00002.gguf" for number in (1, 2)]
+    write_ollama(tmp_path, parts, chosen)
     assert (tmp_path / "Modelfile").read_text().splitlines() == [
-        "FROM ./model.gguf",
+        *(f"FROM ./{part}" for part in parts),
         "PARAMETER temperature 0.6",
         'PARAMETER stop "<|im_end|>"',
         'PARAMETER stop """say "done"!"""',
@@ -67,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "baked"
     made.mkdir()
     (made / "model.gguf").write_bytes(b"GGUF")
-    write_ollama(made, "model.gguf", {})
+    write_ollama(made, ["model.gguf"], {})
     names = ("model.gguf", "Modelfile", "params")
     outputs = {name: file_hash(made / name) for name in names}
     write_manifest(made, {"name": "mine", "outputs": outputs})

@@ -132,8 +132,9 @@ def write_gguf_lora(
     name: str,
     path: Path,
 ) -> None:
-    """Write the edits of a checkpoint as a LoRA for llama.cpp's `--lora` and Ollama's ADAPTER.
+    """Write the edits of a checkpoint as a LoRA for llama.cpp's `--lora`.
 
+    Ollama took it as ADAPTER, and refuses it now (its server/create.go, 0029bb5).
     `base` is the GGUF that it is for: what an ablation takes out is read from its weights.
     An alpha of 0 is a scale of 1 (llama.cpp's src/llama-adapter.h, `get_scale`).
     """

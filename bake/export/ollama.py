@@ -60,9 +60,13 @@ def parameters(folder: Path, ends: Sequence[str]) -> Parameters:
     return found
 
 
-def write_ollama(folder: Path, gguf: str, chosen: Parameters) -> None:
-    """Write Modelfile and `params` beside the GGUF of this name."""
-    lines = [f"FROM ./{gguf}"]
+def write_ollama(folder: Path, parts: Sequence[str], chosen: Parameters) -> None:
+    """Write Modelfile and `params` beside the GGUF, whose parts have these names.
+
+    Ollama takes the files that are named and looks for no other part (parser/parser.go,
+    `CreateRequest`; it joins them in server/create.go).
+    """
+    lines = [f"FROM ./{part}" for part in parts]
     for name, value in chosen.items():
         for one in value if isinstance(value, list) else [value]:
             lines.append(f"PARAMETER {name} {_quoted(one) if isinstance(one, str) else one}")
