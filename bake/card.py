@@ -214,6 +214,12 @@ def _measured(evidence: Evidence) -> Iterator[str]:
             effect = f"{one.largest_effect:.1f} ({one.positions} positions)"
             parity.append((runtime, f"{one.lost_share:.1e}", f"{one.largest:.1e}", effect))
         yield _table(parity)
+    if evidence.conversion:
+        yield str(evidence.conversion)
+    if evidence.runtimes:
+        yield "Runtimes of the recipe:"
+        served = [(runtime, str(one)) for runtime, one in evidence.runtimes.items()]
+        yield _table([("runtime", "what was checked"), *served])
     yield "`answers.jsonl` has the answers behind these figures, of harmful requests the verdicts."
 
 

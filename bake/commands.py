@@ -634,6 +634,7 @@ def compare_command(
 )
 @click.option("--base", metavar="DIR", help="Where the base is, if not where the recipe has it.")
 @click.option("--base-gguf", metavar="FILE", help="Where the GGUF that was patched is.")
+@_llama_cpp_option
 @click.option("--server", is_flag=True, help="Ask `python -m llama_cpp.server` too.")
 @click.option("--output", metavar="FILE", help="A JSON file for the findings.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
@@ -642,6 +643,7 @@ def verify_command(
     runtimes: tuple[str, ...],
     base: str | None,
     base_gguf: str | None,
+    llama_cpp: str | None,
     server: bool,
     output: str | None,
     overwrite: bool,
@@ -654,8 +656,10 @@ def verify_command(
     from bake.progress import progress
     from bake.staging import check_file
 
-    if (base or base_gguf or server or output) and not runtimes:
-        raise click.UsageError("--base, --base-gguf, --server and --output need a --runtime")
+    if (base or base_gguf or llama_cpp or server or output) and not runtimes:
+        raise click.UsageError(
+            "--base, --base-gguf, --llama-cpp, --server and --output need a --runtime"
+        )
     if server and "llama.cpp" not in runtimes:
         raise click.UsageError("--server is of --runtime llama.cpp")
     if output:
@@ -678,6 +682,7 @@ def verify_command(
         Path(base) if base else None,
         Path(base_gguf) if base_gguf else None,
         server,
+        Path(llama_cpp) if llama_cpp else None,
     )
     click.echo("\n".join(map(str, found)))
     if output:

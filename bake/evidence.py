@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,7 +13,13 @@ from bake.evaluate import Rate, broken
 from bake.manifest import NAME, read_manifest
 from bake.recipe import LoadedRecipe, restore_recipe
 
-__all__ = ["Evidence", "Parity"]
+__all__ = ["MOVED", "Converted", "Evidence", "Parity", "Served"]
+
+MOVED: Final = "llama.cpp, as the checkpoint is moved"
+"""The parity of a GGUF whose hooked model is its base, moved by what hooks move in the checkpoint.
+
+Under `llama.cpp` it is the base with the edits in float32, where the base is quantised.
+"""
 
 Rates = dict[str, dict[str, Rate]]
 
@@ -26,6 +32,42 @@ class Parity:
     largest: float
     largest_effect: float
     positions: int
+
+
+class Served(BaseModel):
+    """What the manifest says of a runtime; as a text, what a person reads of it."""
+
+    status: Literal["verified", "by table", "not written"]
+    lost_share: float | None = None
+    version: str = ""
+    trust: list[str] = []
+    reads: str = ""
+
+    def __str__(self) -> str:
+        if self.lost_share is not None:
+            return f"logits compared, lost share {self.lost_share:.1e}"
+        if self.status == "not written":
+            return f"has nothing to serve: no {self.reads} is written"
+        return f"not run; by what is known of {self.version}, {'; '.join(self.trust)}"
+
+
+class Converted(BaseModel):
+    """How the GGUF was made of the checkpoint; as a text, what a person reads of it."""
+
+    type: str
+    outtype: str
+    apart: float
+    imatrix: str | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"The GGUF was made of the checkpoint by llama.cpp's own converter, in {self.outtype} "
+            f"(logits of the unedited one {self.apart:.2%} from the checkpoint's)"
+        )
+        if self.type == self.outtype:
+            return f"{text}."
+        weighed = ", weighed by an importance matrix" if self.imatrix else ""
+        return f"{text}, and quantised by llama.cpp: {self.type}{weighed}."
 
 
 class _Refusals(BaseModel):
@@ -52,6 +94,8 @@ class _Manifest(BaseModel):
     prompts: dict[str, dict[str, str]]
     base: BaseCard
     measured: _Measured
+    runtimes: dict[str, Served] = {}
+    conversion: Converted | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +110,8 @@ class Evidence:
     before: Mapping[str, Mapping[str, Rate]]
     after: Mapping[str, Mapping[str, Rate]]
     parity: Mapping[str, Parity]
+    runtimes: Mapping[str, Served]
+    conversion: Converted | None
     content: Mapping[str, Any]
 
     @classmethod
@@ -87,7 +133,8 @@ class Evidence:
         if loaded is None:
             loaded = restore_recipe(stated.text, stated.source, stated.overrides, place)
         return cls(
-            loaded, found.base, refusals.before, refusals.after, found.measured.parity, content
+            *(loaded, found.base, refusals.before, refusals.after, found.measured.parity),
+            *(found.runtimes, found.conversion, content),
         )
 
     @classmethod

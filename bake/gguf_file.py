@@ -33,6 +33,8 @@ from bake.ggml import can_dequantise, dequantised, row_slices
 
 __all__ = [
     "SCALARS",
+    "SPLIT_COUNT",
+    "SPLIT_NUMBER",
     "SPLIT_TENSORS",
     "GGUFArray",
     "GGUFFile",
@@ -149,6 +151,11 @@ class GGUFFile:
     def files(self) -> tuple["GGUFFile", ...]:
         """The parts of a split model, or this one file."""
         return self.parts or (self,)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any tensor is of a type of blocks."""
+        return any(GGML_QUANT_SIZES[one.type][0] > 1 for one in self.tensors.values())
 
     def path_of(self, tensor: GGUFTensor) -> Path:
         """The file that a tensor lies in."""

@@ -1,5 +1,6 @@
 """Measure a bake in its runtimes: parity with the hooked model, and behaviour."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bake.errors import VerificationError
 from bake.evaluate import Answer, judged, paired, rates
+from bake.evidence import MOVED
 from bake.hooks import Intervention, steered
 from bake.judge import Judge
 from bake.judge.thinking import Thinking
@@ -23,7 +25,14 @@ from bake.prompts import Prompt
 from bake.recipe import Recipe
 from bake.verify import Divergence
 
-__all__ = ["Artefacts", "Measured", "compared_tokens", "in_turn", "measure", "share_allowed"]
+__all__ = [
+    "Artefacts",
+    "Measured",
+    "compared_tokens",
+    "in_turn",
+    "measure",
+    "share_allowed",
+]
 
 CONTROL_VECTOR = "llama.cpp, its own control vector"
 LORA = "llama.cpp, the LoRA on the base GGUF"
@@ -148,10 +157,11 @@ def _parity(
     """Logits of every baked form against its hooked base, all in float32.
 
     A GGUF's hooked base has the logits of the base GGUF with the edits in full, where there is
-    such a file, and else of the base GGUF, moved by what the hooks move in the checkpoint: exact
-    to first order in the quantisation of the base.
+    such a file: what is lost is what the written types lose. Under MOVED, and where there is no
+    such file, they are those of the base GGUF moved by what the hooks move in the checkpoint,
+    exact to first order in the quantisation of the base: what the edits are worth there.
     """
-    found: dict[str, Divergence] = {}
+    found: defaultdict[str, Divergence] = defaultdict(Divergence)
     single = LiveModel.load(artefacts.base, model.arch, torch.float32)
     baked = None
     if artefacts.baked:
@@ -163,23 +173,22 @@ def _parity(
             with steered(single, interventions):
                 hooked = single.logits(batch)[real]
             if baked:
-                total = found.setdefault("transformers", Divergence())
-                total.add(base, hooked, baked.logits(batch)[real])
+                found["transformers"].add(base, hooked, baked.logits(batch)[real])
             if llamas:
+                there = {name: _llama_logits(llama, batch) for name, llama in llamas.items()}
+                plain = there["base"]
                 # What the hooks change, laid on the base GGUF: its quantisation is not the bake's.
-                plain = _llama_logits(llamas["base"], batch)
-                wanted = plain + hooked - base
-                if "exact" in llamas:
-                    wanted = _llama_logits(llamas["exact"], batch)
-                for name, runtime in (("baked", "llama.cpp"), ("lora", LORA)):
-                    if name in llamas:
-                        total = found.setdefault(runtime, Divergence())
-                        now = _llama_logits(llamas[name], batch)
-                        total.add(plain, wanted, now)
+                moved = plain + hooked - base
+                wanted = there.get("exact", moved)
+                found["llama.cpp"].add(plain, wanted, there["baked"])
+                if "exact" in there:
+                    found[MOVED].add(plain, moved, there["baked"])
+                if "lora" in there:
+                    found[LORA].add(plain, wanted, there["lora"])
             update(len(batch.rows))
     if llamas:
         _control_vector(found, llamas, interventions, compared)
-    return found
+    return dict(found)
 
 
 def _check_read(llama: LlamaModel, artefacts: Artefacts) -> None:
@@ -282,12 +291,14 @@ def _control_vector(
 
 
 def share_allowed(
-    recipe: Recipe, interventions: Sequence[Intervention], of_gguf: bool
+    recipe: Recipe, interventions: Sequence[Intervention], of_gguf: bool, moved: bool = False
 ) -> tuple[str, float]:
-    """The key of `verify` that limits the lost share, and its value."""
+    """The key of `verify` that limits the lost share, and its value; `moved` as MOVED has it."""
     ridge = any(isinstance(one, Add) and one.carried.carrier == "ridge" for one in interventions)
     exact = "ridge_lost_share" if ridge else "lost_share"
-    key = "gguf_lost_share" if of_gguf else exact
+    key = exact
+    if of_gguf:
+        key = "gguf_moved_share" if moved else "gguf_lost_share"
     return key, getattr(recipe.verify, key)
 
 
@@ -295,7 +306,8 @@ def _check(
     recipe: Recipe, interventions: Sequence[Intervention], found: Mapping[str, Divergence]
 ) -> None:
     for runtime, parity in found.items():
-        key, limit = share_allowed(recipe, interventions, runtime != "transformers")
+        of_gguf = runtime != "transformers"
+        key, limit = share_allowed(recipe, interventions, of_gguf, runtime == MOVED)
         if not parity.lost_share <= limit:
             raise VerificationError(
                 f"parity, {runtime}: the baked model lost {parity.lost_share:.1e} of the steering, "

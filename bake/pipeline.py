@@ -72,7 +72,7 @@ def bake(
         model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
         fitted = _fit(ready, replace(model, work=Work(journal=journal)), judge)
         edits = edits_of(ready, fitted)
-        written = write_all(loaded, ready, model, fitted, edits, staging)
+        written = write_all(loaded, ready, model, fitted, edits, staging, aside)
         if road and reference:
             written = converted(loaded, ready, road, reference, edits, written, staging, aside)
         base_gguf = reference.file if reference else ready.gguf

@@ -1,7 +1,8 @@
 """Everything of a bake that can be known, and refused, before a weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from bake.arch import Arch
@@ -120,8 +121,18 @@ def check_space(ready: Prepared) -> None:
         sizes += written_sizes(ready.base, edited, plan.created)
     if ready.gguf:
         sizes += [part.path.stat().st_size for part in ready.gguf.files]
+    if ready.gguf and ready.gguf.is_quantised:
+        names = {ready.arch.gguf_name(edit.tensor) for edit in plan.edits}
+        sizes.append(_in_float32(ready.gguf, names))
     folder = ready.recipe.folder
     check_room(folder, sizes, already_there(folder))
+
+
+def _in_float32(gguf: GGUFFile, edited: Set[str]) -> int:
+    """The bytes of a GGUF with some tensors in float32: what the baked one is compared with."""
+    return sum(
+        4 * prod(one.shape) if one.name in edited else one.nbytes for one in gguf.tensors.values()
+    )
 
 
 def base_files(ready: Prepared) -> list[Path]:

@@ -8,7 +8,7 @@ from pydantic_core import CoreSchema
 
 from bake.recipe_errors import ContradictionError
 from bake.recipe_section import Section as _Section
-from bake.recipe_values import FLOATS, FileType, TensorType, Text
+from bake.recipe_values import FLOATS, FileType, PartSize, TensorType, Text
 
 __all__ = ["Conversion", "EditedTypeName", "Export", "GGUFExport"]
 
@@ -112,11 +112,24 @@ class GGUFExport(_Section):
         default=None, description="The type to convert the baked checkpoint to, or null to patch."
     )
     edited_type: EditedTypeName = Field(
-        default="q8_0",
+        default="auto",
         description="The type of the edited matrices; the others keep theirs. `auto` is the "
         "smallest that keeps the edit, `same` the base's own or a refusal. Under `convert` what "
         "the type has for them, unless one is named.",
     )
+
+    split: PartSize | None = Field(
+        default=None,
+        description="Under `convert`: the most bytes of tensors in one file, as 4G or 500M, as "
+        "llama-gguf-split takes them. A patched file has its base's parts.",
+    )
+
+    @property
+    def part_size(self) -> int | None:
+        """`split` in bytes."""
+        if self.split is None:
+            return None
+        return int(self.split[:-1]) * {"M": 10**6, "G": 10**9}[self.split[-1]]
 
     @property
     def named_type(self) -> str | None:
@@ -142,6 +155,9 @@ class GGUFExport(_Section):
         if self.convert and not mix and self.base is not None:
             message = "is patched, and convert takes the checkpoint; leave one of them out"
             findings.append((("base",), message))
+        if self.split and self.convert is None:
+            message = "a patched file has its base's parts; leave it out, or give a split base"
+            findings.append((("split",), message))
         if self.convert and self.named_type in ("auto", "same"):
             message = f"{self.edited_type} is of patched files; under convert name a type"
             findings.append((("edited_type",), message))
@@ -163,7 +179,7 @@ class Export(_Section):
     adapters: Annotated[tuple[Literal["peft", "gguf"], ...], Field(strict=False)] = Field(
         default=(),
         description="LoRAs of the same edits to write beside it: for PEFT and vLLM, for llama.cpp "
-        "and Ollama (with the base GGUF).",
+        "(with the base GGUF).",
     )
     control_vector: bool = Field(
         default=False,

@@ -413,8 +413,16 @@ class Verification(_Section):
         default=0.2,
         gt=0,
         le=1,
-        description="The same for the GGUF in llama.cpp, against its base GGUF; llama.cpp's 8-bit "
-        "activations count in, and on prompts most positions are hardly steered.",
+        description="The same for the GGUF in llama.cpp, against its base GGUF with the edits in "
+        "float32; llama.cpp's 8-bit activations count in, and on prompts most positions are hardly "
+        "steered.",
+    )
+    gguf_moved_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="The same against the base GGUF moved by what the hooks move in the "
+        "checkpoint: that the edits do there what they are for, whatever the base's own rounding.",
     )
     prompts: Count = Field(default=24, description="Held-out prompts whose logits are compared.")
 

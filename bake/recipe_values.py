@@ -27,6 +27,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Name",
+    "PartSize",
     "Percent",
     "Ridge",
     "Serving",
@@ -234,5 +235,12 @@ def _one_of(name: str, types: tuple[str, ...]) -> str:
     return small
 
 
+def _part_size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,5}[MG]", text):
+        raise ValueError(f"no size {text!r}; expected a number of M or G (10^6 and 10^9 bytes)")
+    return text
+
+
+PartSize: TypeAlias = Annotated[str, AfterValidator(_part_size)]
 FileType: TypeAlias = Annotated[str, AfterValidator(_file_type)]
 TensorType: TypeAlias = Annotated[str, AfterValidator(_tensor_type)]

@@ -19,6 +19,7 @@ __all__ = [
     "check_output",
     "clean",
     "journal_of",
+    "scratch",
     "staged",
     "staged_file",
 ]
@@ -81,6 +82,17 @@ def aside_of(staging: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside another one for files that nobody keeps; removed in the end."""
+    place = folder.resolve()
+    with (
+        _mapped(place, FULL),
+        tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as made,
+    ):
+        yield Path(made)
 
 
 def already_there(folder: Path) -> int:

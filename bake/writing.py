@@ -14,14 +14,15 @@ from bake.edits import Edit
 from bake.errors import VerificationError
 from bake.export.adapter import write_gguf_lora, write_peft
 from bake.export.conversion import TEXT, Reference, Road, survivals
-from bake.export.converter import find_converter
 from bake.export.gguf import PatchedTensor, patch
 from bake.export.inputs import input_moments
-from bake.export.layout import gguf_edits, patch_gguf
+from bake.export.layout import gguf_edits, patch_gguf, write_exact
 from bake.export.provenance import provenance
 from bake.export.requantise import F32, EditedType
+from bake.export.split import in_parts
 from bake.fit.run import Fitted
 from bake.gguf_file import GGUFFile, part_names
+from bake.hooks import edits_by_tensor
 from bake.imatrix import read_importance
 from bake.model import LiveModel
 from bake.ops.add import Add
@@ -47,8 +48,8 @@ class Written:
     """What the exporters did: residuals by tensor, the GGUF's name and its patched tensors.
 
     `said` are the keys of its metadata that say where it comes from, `lora` is the name of the
-    LoRA for llama.cpp, `conversion` what the manifest says of one, and `exact` the file of
-    unedited weights of its type with the edits in full.
+    LoRA for llama.cpp, `conversion` what the manifest says of one, and `exact` the base GGUF
+    with the edits in full, in float32, where that is quantised.
     """
 
     residuals: Mapping[str, float]
@@ -62,10 +63,7 @@ class Written:
 
 def edits_of(ready: Prepared, fitted: Fitted) -> dict[str, list[Edit]]:
     """The edits by tensor, which are those of the plan."""
-    edits: dict[str, list[Edit]] = {}
-    for one in fitted.interventions:
-        for edit in one.edits():
-            edits.setdefault(edit.tensor, []).append(edit)
+    edits = edits_by_tensor(fitted.interventions)
     if set(edits) != {edit.tensor for edit in ready.plan.edits}:
         raise VerificationError("the fit made other edits than the plan; this is a bug of bake")
     return edits
@@ -78,8 +76,12 @@ def write_all(
     fitted: Fitted,
     edits: Mapping[str, Sequence[Edit]],
     staging: Path,
+    aside: Path,
 ) -> Written:
-    """Write the checkpoint and what is made of the base; read it back: the rest is as it was."""
+    """Write the checkpoint and what is made of the base; read it back: the rest is as it was.
+
+    `aside` is a folder for the file that the GGUF is compared with.
+    """
     residuals: dict[str, float] = {}
     if ready.recipe.export.safetensors:
         residuals = _write_safetensors(ready, edits, staging, journal_of(staging))
@@ -93,11 +95,15 @@ def write_all(
     said = provenance(ready.gguf, loaded, template if isinstance(template, str) else None)
     patched = _patch(ready, ready.gguf, edits, inputs, said, output)
     name = part_names(output, len(ready.gguf.files))[0].name
+    exact = None
+    if ready.gguf.is_quantised:
+        exact = write_exact(ready.plan, ready.arch, ready.base.config, ready.gguf, edits, aside)
+    written = Written(residuals, name, patched, tuple(said), exact=exact)
     if "gguf" not in ready.recipe.export.adapters:
-        return Written(residuals, name, patched, tuple(said))
+        return written
     lora = staging / f"{ready.recipe.name}.lora.gguf"
     write_gguf_lora(edits, ready.gguf, ready.arch, ready.base.config, ready.recipe.name, lora)
-    return Written(residuals, name, patched, tuple(said), lora.name)
+    return replace(written, lora=lora.name)
 
 
 def _write_safetensors(
@@ -125,18 +131,7 @@ def road_of(ready: Prepared, llama_cpp: Path | None) -> Road | None:
     given = export.convert.imatrix
     if given not in (None, TEXT):
         read_importance(Path(str(given)))
-    return Road.of(
-        *(find_converter(llama_cpp), export.convert, ready.base, ready.recipe.name),
-        mix=ready.gguf,
-        edited=_edited_matrices(ready),
-        edited_type=export.named_type,
-    )
-
-
-def _edited_matrices(ready: Prepared) -> list[str]:
-    """The base's matrices that the plan edits, as a GGUF names them."""
-    names = [edit.tensor for edit in ready.plan.edits if len(edit.shape) > 1]
-    return sorted({ready.arch.gguf_name(name) for name in names if name in ready.base.tensors})
+    return Road.planned(ready.recipe, ready.plan, ready.arch, ready.base, ready.gguf, llama_cpp)
 
 
 def reference_of(ready: Prepared, road: Road, aside: Path) -> Reference:
@@ -168,13 +163,16 @@ def converted(
     whole, made = GGUFFile.open(patched), aside / "converted.gguf"
     made_file = road.baked(folder, made, reference, plan, arch, whole, aside)
     patched.unlink()
-    said = provenance(made_file, loaded, None)
-    patch(made_file, {}, output, edited_type=F32, pairs=said)
+    quantiser = None if road.asked.is_float else "bake (by llama.cpp's quantiser)"
+    said = provenance(made_file, loaded, quantised=quantiser)
+    size = ready.recipe.export.gguf and ready.recipe.export.gguf.part_size
+    laid_out = in_parts(made_file, size) if size else made_file
+    patch(laid_out, {}, output, edited_type=F32, pairs=said)
+    output = part_names(output, len(laid_out.files))[0]
     made.unlink()
-    file = GGUFFile.open(output)
-    if reference.file is not reference.full:
-        # The hooked model in llama.cpp: the edits in full on the reference's own weights.
-        patch_gguf(plan, arch, config, reference.file, edits, patched, edited_type=F32)
+    file, exact = GGUFFile.open(output), None
+    if reference.file.is_quantised:
+        exact = write_exact(plan, arch, config, reference.file, edits, aside)
     moved = gguf_edits(edits, arch, config)
     renamed = plan.insertion.of_gguf().renamed(reference.full.tensors)
     measured = survivals(reference, file, moved, renamed)
@@ -186,7 +184,6 @@ def converted(
         "outtype": road.outtype,
         "apart": reference.apart,
     }
-    exact = patched if patched.exists() else None
     return replace(
         written,
         gguf=output.name,

@@ -81,6 +81,8 @@ def evidence(loaded: LoadedRecipe, **base: Any) -> Evidence:
             "refusals": {"before": {"transformers": before}, "after": {"transformers": rates}},
             "parity": {},
         },
+        "runtimes": {"vllm": {"status": "by table", "version": "vLLM 0", "trust": ["a | b"]}},
+        "conversion": {"type": "bf16", "outtype": "bf16", "apart": 0.004},
     }
     return Evidence.of(content, loaded, "bake.json")
 
@@ -105,6 +107,9 @@ def test_a_card_names_base_datasets_and_results() -> None:
     assert "25.0 % (1/4), 5 to 70 %" in text
     assert "100.0 % (4/4), 51 to 100 %" in text
     assert "licence of the base is not known" not in text
+    assert "| vllm | not run; by what is known of vLLM 0, a \\| b |" in text
+    assert "made of the checkpoint by llama.cpp's own converter, in bf16 (" in text
+    assert "quantised" not in text
 
 
 def test_a_card_holds_whatever_a_recipe_says(tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ MISTAKES = {
     "{base: null}": r"base: nothing to patch; give a GGUF, or export\.gguf\.convert",
     "{convert: q4_0, edited_type: auto}": r"edited_type: auto is of patched files",
     "{convert: bf16, edited_type: q8_0}": r"edited_type: convert\.type is bf16",
+    "{convert: q4_0, split: 4GB}": r"split: no size '4GB'; expected a number of M or G",
+    "{base: x.gguf, split: 4G}": r"split: a patched file has its base's parts",
     "{convert: {type: q4_0, imatrx: text}}": r"unknown key 'imatrx'; did you mean 'imatrix'",
 }
 

@@ -6,6 +6,7 @@ converter knows.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from bake.checkpoint import Checkpoint
 from bake.demo import Demo
 from bake.directions import Directions, save_directions
 from bake.errors import ConverterError, VerificationError
+from bake.evidence import MOVED
 from bake.export.conversion import convert_to_file
 from bake.export.convert import convert
 from bake.export.converter import find_converter
@@ -31,6 +33,7 @@ from bake.llama import LlamaModel
 from bake.model import LiveModel
 from bake.pipeline import bake
 from bake.recipe import Conversion, load_recipe
+from bake.runtimes.verify import verify_runtimes
 from tests.test_llama_rows import ROWS, opened
 from tests.test_quantise import by_llama_cpp, data
 from tests.tiny import write_tiny
@@ -228,10 +231,17 @@ def test_a_bake_is_converted(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("given.safetensors", "model", "out", "recipe.yaml")
     ]
+    assert "general.quantized_by" not in file.metadata
     # A type of 4 bits, weighed by an importance matrix; the inserted block stays in F16.
-    overrides = ("export.gguf={convert: {type: q4_0, imatrix: text}}", "verify.gguf_lost_share=1")
-    folder = bake(load_recipe("recipe.yaml", overrides=overrides, output="small"))
-    file = GGUFFile.open(folder / "recipe.gguf")
+    limits = ("verify.gguf_lost_share=1", "verify.gguf_moved_share=1")
+    gguf = "export.gguf={convert: {type: q4_0, imatrix: text}, split: 1M}"
+    folder = bake(load_recipe("recipe.yaml", overrides=(gguf, *limits), output="small"))
+    first, *others = sorted(folder.glob("recipe-0*.gguf"))
+    file = GGUFFile.open(first)
+    assert [one.path for one in file.files] == [first, *others]
+    assert others
+    assert len((folder / "Modelfile").read_text().split("FROM")) == 2 + len(others)
+    assert file.metadata["general.quantized_by"] == "bake (by llama.cpp's quantiser)"
     kinds = {name: one.type.name for name, one in file.tensors.items() if len(one.shape) > 1}
     assert kinds["blk.0.attn_q.weight"] == "Q4_0"
     importance = read_importance(folder / "recipe.imatrix.gguf")
@@ -240,6 +250,15 @@ def test_a_bake_is_converted(
         assert {kind for name, kind in kinds.items() if name.startswith("blk.2.")} == {"F16"}
         assert "blk.4.attn_q.weight" in importance.sums
         assert "blk.2.attn_q.weight" not in importance.sums
+    # The base is converted once more, by the matrix in the folder, and says the same.
+    parity = json.loads((folder / "bake.json").read_text())["measured"]["parity"]
+    found = verify_runtimes(folder, ["llama.cpp"])[0].text
+    said = [float(one) for one in re.findall(r"(?:lost share|is moved) (\S+)", found)]
+    wanted = [parity[name]["lost_share"] for name in ("llama.cpp", MOVED)]
+    assert said == pytest.approx(wanted, rel=0.1)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("given.safetensors", "model", "out", "recipe.yaml", "small")
+    }
 
 
 def test_the_mix_of_another_file_is_taken(

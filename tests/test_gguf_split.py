@@ -16,6 +16,7 @@ from bake.errors import GGUFError, OutputError, VerificationError
 from bake.export.compare import compare
 from bake.export.gguf import patch
 from bake.export.gguf_bytes import packed_pair, packed_string
+from bake.export.split import in_parts
 from bake.gguf_file import GGUFFile, part_names, parts_named
 from bake.llama import LlamaModel
 from tests.tiny_gguf import write_tiny_gguf
@@ -117,6 +118,30 @@ def test_what_is_edited_and_created_stays_in_its_part(tmp_path: Path) -> None:
     last.write_bytes(content)
     with pytest.raises(VerificationError, match=r"00003-of-00003.gguf: tensor 'blk.2.norm.weight'"):
         compare(base, GGUFFile.open(patched.path), edits.keys(), pairs=pairs)
+
+
+def test_a_file_is_cut_as_llama_gguf_split_does(tmp_path: Path) -> None:
+    """Greedily, by the tensors' padded bytes; one that is larger than a part is alone in it."""
+    write_split(tmp_path)
+    whole = GGUFFile.open(tmp_path / "whole.gguf")
+    norm, down = 4 * 64, 4 * 64 * 96
+    for most, groups in {
+        down + norm: PARTS,
+        2 * down + 2 * norm: [NAMES[:4], NAMES[4:]],
+        down + norm - 1: [[name] for name in NAMES],
+        1: [[name] for name in NAMES],
+        3 * (down + norm): [NAMES],
+    }.items():
+        laid_out = in_parts(whole, most)
+        patch(laid_out, {}, tmp_path / f"{most}.gguf", edited_type="auto")
+        found = part_names(tmp_path / f"{most}.gguf", len(groups))
+        assert compare(laid_out, GGUFFile.open(found[0]), set()) == tuple(NAMES)
+        if len(groups) > 1:
+            write_parts(whole, tmp_path / "theirs.gguf", groups)
+            theirs = part_names(tmp_path / "theirs.gguf", len(groups))
+            assert [one.read_bytes() for one in found] == [one.read_bytes() for one in theirs]
+        else:
+            assert found[0].read_bytes() == whole.path.read_bytes()
 
 
 REFUSALS = {

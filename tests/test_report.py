@@ -86,6 +86,12 @@ MANIFEST: dict[str, Any] = {
             }
         },
     },
+    "conversion": {"type": "q4_k_m", "outtype": "bf16", "apart": 0.004, "imatrix": "text"},
+    "runtimes": {
+        "llama.cpp": {"status": "verified", "lost_share": 0.04},
+        "vllm": {"status": "by table", "version": "vLLM 0", "trust": ["it reads", HOSTILE]},
+        "mlx": {"status": "not written", "reads": "safetensors"},
+    },
     "guard": {"protected_drop": 2.0, "target_at_most": None},
     "outputs": {},
 }  # fmt: skip
@@ -215,6 +221,14 @@ def test_everything_that_the_evidence_has_is_shown(bake: Run, place: Path) -> No
     for words in ("90.0 %", "36/40", "[76.9, 96.0]", "-80.0", "33 opened", "4e-09", "4.0e-02"):
         assert words in text
     assert "bake --recipe open.yaml --set seed=4" in text
+    for words in (
+        "quantised by llama.cpp: q4_k_m, weighed by an importance matrix.",
+        "0.40% from the checkpoint's",
+        "logits compared, lost share 4.0e-02",
+        "not run; by what is known of vLLM 0, it reads; </script>",
+        "has nothing to serve: no safetensors is written",
+    ):
+        assert words in text
     assert "pip install torch==2.13.0\n" in text
     assert "<b>bold</b> & more" in text
     assert {path.name for path in (place / "figures").iterdir()} == {
@@ -251,7 +265,7 @@ def test_a_browser_runs_the_page(bake: Run, place: Path) -> None:
 def test_what_is_not_there_is_left_out(bake: Run, place: Path) -> None:
     manifest = copy.deepcopy(MANIFEST)
     manifest["fit"] |= {"figures": {}, "gaps": {}, "openings": {}, "readings": None}
-    manifest |= {"residuals": {}, "gguf": []}
+    manifest |= {"residuals": {}, "gguf": [], "conversion": None, "runtimes": {}}
     del manifest["measured"]["paired"]
     write(place, manifest=manifest)
     assert bake("report", "open", "--output", "report.html")[0] == 0
@@ -261,6 +275,8 @@ def test_what_is_not_there_is_left_out(bake: Run, place: Path) -> None:
     }  # fmt: skip
     assert "opened" not in "".join(page.inside["td"])
     assert "Norms" not in page.text
+    assert "Runtimes" not in page.text
+    assert "converter" not in page.text
 
 
 def test_hostile_text_is_text(bake: Run, place: Path) -> None:

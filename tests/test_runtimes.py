@@ -1,10 +1,12 @@
 """`bake verify --runtime`: what serves as it was baked passes, and what does not is named."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,17 @@ from transformers import AutoTokenizer
 
 from bake.demo import Demo
 from bake.edits import AddVector, CreatedTensor
-from bake.errors import CheckpointError, GGUFError, ManifestError, VerificationError
+from bake.errors import (
+    CheckpointError,
+    GGUFError,
+    InputError,
+    ManifestError,
+    VerificationError,
+)
+from bake.evidence import MOVED
 from bake.export.gguf import patch
 from bake.export.gguf_bytes import packed_pair
+from bake.export.quantise import Quantisation, quantise
 from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
 from bake.manifest import read_manifest, write_manifest
@@ -32,6 +42,7 @@ from bake.runtimes.llama_cpp import LlamaCpp
 from bake.runtimes.server import chat, served_at
 from bake.runtimes.template import CONVERSATIONS, Conversation, rendered
 from bake.runtimes.torch_model import Transformers, apply_template
+from bake.runtimes.verify import verify_runtimes
 from tests.conftest import Run
 from tests.test_given_directions import ROLES, ByTopic
 from tests.through_disk import opened
@@ -223,6 +234,36 @@ def test_llama_cpp_on_a_folder_without_a_vocabulary(baked: Baked, live: LiveMode
     assert "has no vocabulary" in found["template"].text
     wanted = read_manifest(baked.folder)["measured"]["parity"]["llama.cpp"]["lost_share"]
     assert float(found["logits"].text.split()[2]) == pytest.approx(wanted, rel=0.05)
+
+
+def test_a_rounded_gguf_is_compared_with_the_exact_edits(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its types lose, and beside it what the hooks move in the checkpoint; here and there."""
+    small = tmp_path / "small.gguf"
+    quantise(GGUFFile.open("base.gguf"), small, Quantisation("q4_0"), 1)
+    monkeypatch.setattr("bake.pipeline.find_judge", ByTopic)
+    shares = {}
+    for kind in ("f32", "q8_0"):
+        gguf = f"export.gguf={{base: {small}, edited_type: {kind}}}"
+        limits = ("verify.gguf_lost_share=1", "verify.gguf_moved_share=1")
+        loaded = load_recipe("recipe.yaml", overrides=(gguf, *limits), output=str(tmp_path / kind))
+        parity = read_manifest(bake(loaded))["measured"]["parity"]
+        shares[kind] = {name: one["lost_share"] for name, one in parity.items()}
+    assert shares["f32"]["llama.cpp"] == 0
+    assert shares["f32"][MOVED] == pytest.approx(shares["q8_0"][MOVED], rel=0.3)
+    assert 0 < 2 * shares["q8_0"]["llama.cpp"] < shares["q8_0"][MOVED]
+    found = by_name(verify_runtimes(tmp_path / "q8_0", ["llama.cpp"]))["logits"]
+    said = [float(one) for one in re.findall(r"(?:lost share|is moved) (\S+)", found.text)]
+    wanted = [shares["q8_0"][name] for name in ("llama.cpp", MOVED)]
+    assert said == pytest.approx(wanted, rel=0.05)
+    assert {path.name for path in tmp_path.iterdir()} == {"f32", "q8_0", "small.gguf"}
+
+
+def test_a_base_gguf_is_of_no_use_where_the_checkpoint_was_converted(baked: Baked) -> None:
+    loaded = load_recipe("recipe.yaml", overrides=["export.gguf={convert: q4_0}"])
+    with pytest.raises(InputError, match=r"was made without a GGUF of the base; leave it out"):
+        replace(baked, recipe=loaded.recipe).base_gguf(Path("base.gguf"))
 
 
 @pytest.fixture(scope="module")

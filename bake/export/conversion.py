@@ -27,7 +27,7 @@ from bake.export.gguf import PatchedTensor, patch
 from bake.export.importance import collect_importance
 from bake.export.layout import gguf_pairs
 from bake.export.quantise import Quantisation, quantise
-from bake.export.requantise import FLOATS, Change
+from bake.export.requantise import Change
 from bake.export.same_logits import check_same_logits, logits_apart
 from bake.gguf_file import GGUFFile
 from bake.imatrix import Importance, read_importance, write_importance
@@ -35,7 +35,7 @@ from bake.model import LiveModel
 from bake.plan import Plan
 from bake.progress import progress
 from bake.prompts import load_splits
-from bake.recipe import Conversion
+from bake.recipe import Conversion, Recipe
 from bake.staging import check_file, staged_file
 
 __all__ = ["TEXT", "Reference", "Road", "convert_to_file", "survivals"]
@@ -100,11 +100,30 @@ class Road:
     ) -> "Road":
         """The road for a checkpoint, whose own type is the one in between."""
         outtype = asked.type if asked.is_float else _lossless(base)
-        if mix is not None and not _quantised(mix):
+        if mix is not None and not mix.is_quantised:
             outtype = Counter(_types(mix).values()).most_common(1)[0][0].name.lower()
             asked = Conversion(type=outtype)
         kind = _kind_or_none(edited_type)
         return cls(tree, asked, outtype, name, mix, tuple(edited), kind)
+
+    @classmethod
+    def planned(
+        cls,
+        recipe: Recipe,
+        plan: Plan,
+        arch: Arch,
+        base: Checkpoint,
+        mix: GGUFFile | None,
+        llama_cpp: Path | None,
+    ) -> "Road | None":
+        """The road of a recipe, if it converts; `llama_cpp` is the tree (`find_converter`)."""
+        export = recipe.export.gguf
+        if export is None or export.convert is None:
+            return None
+        matrices = (edit.tensor for edit in plan.edits if len(edit.shape) > 1)
+        edited = sorted({arch.gguf_name(name) for name in matrices if name in base.tensors})
+        tree = find_converter(llama_cpp)
+        return cls.of(tree, export.convert, base, recipe.name, mix, edited, export.named_type)
 
     @property
     def importance_name(self) -> str:
@@ -278,8 +297,8 @@ def survivals(
         tensor = written.tensors[renamed.get(name, name)]
         after = apply_all(edits[name], before)
         flat, wanted = (one.reshape(-1, tensor.shape[-1]) for one in (before, after))
-        change = Change(written.path, tensor, flat, wanted, None)
-        survival = change.survival(written.path, tensor)
+        path = written.path_of(tensor)
+        survival = Change(path, tensor, flat, wanted, None).survival(path, tensor)
         error = written.read(tensor.name).sub_(after)
         residual = max(one.residual(before, one.apply(before) + error) for one in edits[name])
         kinds = reference.full.tensors[name].type, tensor.type
@@ -333,10 +352,6 @@ def _pair(file: GGUFFile, key: str) -> bytes | None:
 
 def _types(file: GGUFFile) -> dict[str, GGMLQuantizationType]:
     return {name: one.type for name, one in file.tensors.items() if len(one.shape) > 1}
-
-
-def _quantised(file: GGUFFile) -> bool:
-    return any(kind not in FLOATS for kind in _types(file).values())
 
 
 def _as_in(

@@ -11,7 +11,15 @@ from typing import Any, BinaryIO
 from gguf import GGUFValueType
 
 from bake.errors import GGUFError
-from bake.gguf_file import SCALARS, SPLIT_TENSORS, GGUFFile, GGUFTensor, Span
+from bake.gguf_file import (
+    SCALARS,
+    SPLIT_COUNT,
+    SPLIT_NUMBER,
+    SPLIT_TENSORS,
+    GGUFFile,
+    GGUFTensor,
+    Span,
+)
 
 __all__ = [
     "Files",
@@ -40,11 +48,17 @@ class Files:
 def pairs_of_part(
     base: GGUFFile, part: int, pairs: Mapping[str, bytes], new: int
 ) -> Mapping[str, bytes]:
-    """The metadata to replace or append in one part; all parts count the tensors of all."""
-    found = dict(pairs) if part == 0 else {}
-    if new and SPLIT_TENSORS in base.files[part].pairs:
-        count = len(base.tensors) + new
-        found[SPLIT_TENSORS] = packed_pair(SPLIT_TENSORS, GGUFValueType.INT32, count)
+    """The metadata to replace or append in one part; all parts count the tensors of all.
+
+    One that is a part by its layout alone (`bake.export.split`) has to say so.
+    """
+    found, own = dict(pairs) if part == 0 else {}, base.files[part].pairs
+    count, tensors = len(base.files), len(base.tensors) + new
+    if count > 1 and SPLIT_COUNT not in own:
+        found[SPLIT_NUMBER] = packed_pair(SPLIT_NUMBER, GGUFValueType.UINT16, part)
+        found[SPLIT_COUNT] = packed_pair(SPLIT_COUNT, GGUFValueType.UINT16, count)
+    if SPLIT_COUNT in found or (new and SPLIT_TENSORS in own):
+        found[SPLIT_TENSORS] = packed_pair(SPLIT_TENSORS, GGUFValueType.INT32, tensors)
     return found
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "gguf_pairs",
     "patch_gguf",
     "permuted_rows",
+    "write_exact",
 ]
 
 # Keys of config.json that count layers, which a GGUF has under another name.
@@ -69,6 +70,24 @@ def patch_gguf(
     written = GGUFFile.open(part_names(output, len(base.files))[0])
     compare(base, written, moved.keys() | new, renamed, pairs)
     return patched
+
+
+def write_exact(
+    plan: Plan,
+    arch: Arch,
+    config: Mapping[str, object],
+    base: GGUFFile,
+    edits: Mapping[str, Sequence[Edit]],
+    folder: Path,
+) -> Path:
+    """Write the hooked model of a GGUF in llama.cpp: its own weights, and the edits in float32.
+
+    `folder` is for what is not published; the rest is as in `patch_gguf`. Returns the file, by
+    its first part.
+    """
+    output = folder / "exact.gguf"
+    patch_gguf(plan, arch, config, base, edits, output, edited_type=F32)
+    return part_names(output, len(base.files))[0]
 
 
 def gguf_edits(

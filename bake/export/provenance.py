@@ -38,11 +38,17 @@ PARITY: Final[Mapping[str, GGUFValueType]] = {
 """Figures of `Divergence` under `bake.parity.`: of fixed width, filled in when they are known."""
 
 
-def provenance(base: GGUFFile, loaded: LoadedRecipe, template: str | None) -> dict[str, bytes]:
+def provenance(
+    base: GGUFFile,
+    loaded: LoadedRecipe,
+    template: str | None = None,
+    quantised: str | None = "bake (the edited tensors)",
+) -> dict[str, bytes]:
     """Every key that is added or grows, with its value, as `patch` takes them.
 
-    `template` is the checkpoint's chat template, for a file that has none. The figures of
-    parity are not known yet and are no numbers.
+    `template` is the checkpoint's chat template, for a file that has none, and `quantised` by
+    whom it was quantised, for one that does not say. The figures of parity are not known yet and
+    are no numbers.
     """
     recipe, text, parent = loaded.recipe, GGUFValueType.STRING, base_model(loaded.recipe)
     number = base.metadata.get(COUNT, 0)
@@ -58,8 +64,8 @@ def provenance(base: GGUFFile, loaded: LoadedRecipe, template: str | None) -> di
         "bake.recipe": recipe.name,
         "bake.recipe.sha256": loaded.sha256,
     }
-    if "general.quantized_by" not in base.metadata:
-        said["general.quantized_by"] = "bake (the edited tensors)"
+    if "general.quantized_by" not in base.metadata and quantised:
+        said["general.quantized_by"] = quantised
     if CHAT_TEMPLATE not in base.metadata and template:
         said[CHAT_TEMPLATE] = template
     pairs = {key: packed_pair(key, text, value) for key, value in said.items() if value}

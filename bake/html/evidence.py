@@ -16,6 +16,7 @@ from bake.directions import read_directions
 from bake.directions.value import FIGURES, Directions
 from bake.errors import DirectionsError, InputError, ManifestError
 from bake.evaluate import Paired, Rate
+from bake.evidence import Converted, Served
 from bake.manifest import NAME, read_manifest
 
 __all__ = [
@@ -163,7 +164,9 @@ class Manifest(_Read):
     fit: _Fit
     residuals: dict[str, float]
     gguf: list[_Patched]
+    conversion: Converted | None = None
     measured: _Measured
+    runtimes: dict[str, Served] = {}
     guard: _Guard
 
     def rate(self, when: Literal["before", "after"], runtime: str, role: str) -> Rate:

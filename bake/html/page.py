@@ -16,6 +16,7 @@ from markupsafe import Markup
 from bake.card import JUDGES
 from bake.directions.value import FIGURES
 from bake.evaluate import Paired, Rate
+from bake.evidence import MOVED
 from bake.html.evidence import Answer, Evidence, Manifest, named_figures
 from bake.html.figures import drawn
 from bake.html.figures.scores import series_of
@@ -59,6 +60,7 @@ def page(evidence: Evidence) -> str:
         script=Markup(script),
         bake=bake,
         description=recipe.description,
+        moved=MOVED,
         judge=JUDGES[recipe.judge.kind].format(recipe.judge.model),
         behaviour={runtime: list(_rows(bake, runtime)) for runtime in bake.measured.refusals.after},
         paired=bool(bake.measured.paired),

@@ -15,10 +15,13 @@ from bake.arch import Arch
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.directions import load_directions
+from bake.edits import Edit
 from bake.errors import CheckpointError, GGUFError, InputError, ManifestError
+from bake.export.conversion import TEXT, Road
 from bake.fit.kept import built_again, read_kept
 from bake.gguf_file import GGUFFile
-from bake.hooks import Intervention
+from bake.hooks import Intervention, edits_by_tensor
+from bake.imatrix import Importance, read_importance
 from bake.manifest import NAME, file_hash, read_manifest
 from bake.plan import Plan, make_plan
 from bake.progress import progress
@@ -86,6 +89,11 @@ class Baked:
         return tuple(dict.fromkeys(self.plan.name(edit.tensor) for edit in self.plan.edits))
 
     @property
+    def edits(self) -> dict[str, list[Edit]]:
+        """The edits by tensor, as the base names them."""
+        return edits_by_tensor(self.interventions)
+
+    @property
     def gguf(self) -> Path:
         """The baked GGUF, by its first part; raises InputError where there is none."""
         pattern = re.compile(rf"{re.escape(self.recipe.name)}(-00001-of-\d{{5}})?\.gguf")
@@ -101,12 +109,39 @@ class Baked:
             raise InputError(f"{self.folder}: has no safetensors; take --runtime llama.cpp")
         return self.folder
 
-    def base_gguf(self, given: Path | None) -> Path | None:
-        """The GGUF that was patched, at `given` or where the recipe has it; None if none was.
+    def importance(self, road: Road, full: GGUFFile) -> Importance | None:
+        """The importance matrix that the baked checkpoint was quantised by, for its base.
 
+        `full` is the base in floating point. A matrix that was computed lies in the folder.
         Raises GGUFError where it is not there or another one.
         """
+        given = road.asked.imatrix
+        if given is None:
+            return None
+        if given != TEXT:
+            path = Path(given)
+            if not path.is_file() or _other([path], self.inputs):
+                raise GGUFError(
+                    f"{path}: is not the importance matrix that was baked with, or not there "
+                    f"({self.folder / NAME}, inputs); put that one there"
+                )
+            return read_importance(path)
+        renamed = self.plan.insertion.of_gguf().renamed(full.tensors)
+        found = read_importance(self.folder / road.importance_name)
+        return found.renamed({new: old for old, new in renamed.items()})
+
+    def base_gguf(self, given: Path | None) -> Path | None:
+        """The base GGUF of the recipe, at `given` or where it has it; None if it has none.
+
+        Raises GGUFError where it is not there or another one, InputError for one that the recipe
+        does not know.
+        """
         named = _named_gguf(self.recipe)
+        if given and not named:
+            raise InputError(
+                f"--base-gguf {given}: {self.folder} was made without a GGUF of the base; leave "
+                "it out: the base is converted as the baked checkpoint was"
+            )
         path = given or named
         if path is None:
             return None

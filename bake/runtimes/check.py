@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bake.errors import VerificationError
-from bake.hooks import steered
+from bake.hooks import Intervention, steered
 from bake.measure import compared_tokens, in_turn, share_allowed
 from bake.model import LiveModel, batches
 from bake.progress import progress
@@ -49,34 +49,35 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Logits:
-    """Parity as `Divergence` has it, and max |Δ logit| of baked and hooked with nothing laid on."""
+    """How far logits are from the hooked model's, as `measure` has it of a bake.
+
+    `moved` is None where there is no other reference than that of `parity`; `apart` is
+    max |Δ logit| of baked and hooked with nothing laid on.
+    """
 
     parity: Divergence
+    moved: Divergence | None
     apart: float
 
 
 def check_runtime(
-    baked: Baked, runtime: Runtime, live: LiveModel, base: Runtime | None = None
+    baked: Baked,
+    runtime: Runtime,
+    live: LiveModel,
+    base: Runtime | None = None,
+    exact: Runtime | None = None,
 ) -> list[Finding]:
     """Every check of a runtime. `live` is the base checkpoint in float32.
 
     `base` is the same runtime with the base file, where that is quantised otherwise than the
-    checkpoint: logits are then those of the base, moved by what the hooks move.
+    checkpoint: logits are then those of the base, moved by what the hooks move. `exact` is it
+    with the base file and the edits in full: what the types have lost is then measured too.
     """
     prompts = in_turn(baked.prompts, baked.recipe.verify.prompts)
     sequences = compared_tokens(live, baked.interventions, prompts)
-    found = _logits(baked, runtime, live, base, sequences)
-    key, limit = share_allowed(
-        baked.recipe, baked.interventions, FACTS[runtime.name].reads == "GGUF"
-    )
-    parity = found.parity
+    found = _logits(runtime, live, baked.interventions, (base, exact), sequences)
     return [
-        Finding(
-            *(runtime.name, "logits", parity.lost_share <= limit),
-            f"lost share {parity.lost_share:.1e} of the steering (verify.{key} allows {limit:g}), "
-            f"max |Δ logit| {parity.largest:.1e} where the steering moves up to "
-            f"{parity.largest_effect:.1f} ({parity.positions} positions)",
-        ),
+        Finding(runtime.name, "logits", *_parity(baked, runtime, found)),
         Finding(runtime.name, "tensors", *_tensors(baked, runtime)),
         Finding(runtime.name, "template", *_checked(lambda: _template(runtime, live))),
         _answers(baked, runtime, live, found.apart),
@@ -112,19 +113,38 @@ def first_difference(one: Sequence[object], other: Sequence[object]) -> int | No
     return next((place for place, (a, b) in enumerate(pairs) if a != b), None)
 
 
+def _parity(baked: Baked, runtime: Runtime, found: _Logits) -> tuple[bool, str]:
+    of_gguf, parity = FACTS[runtime.name].reads == "GGUF", found.parity
+    key, limit = share_allowed(baked.recipe, baked.interventions, of_gguf)
+    passed = parity.lost_share <= limit
+    text = (
+        f"lost share {parity.lost_share:.1e} of the steering (verify.{key} allows {limit:g}), "
+        f"max |Δ logit| {parity.largest:.1e} where the steering moves up to "
+        f"{parity.largest_effect:.1f} ({parity.positions} positions)"
+    )
+    if found.moved:
+        key, limit = share_allowed(baked.recipe, baked.interventions, of_gguf, moved=True)
+        share = found.moved.lost_share
+        text += f"; as the checkpoint is moved {share:.1e} (verify.{key} allows {limit:g})"
+        passed &= share <= limit
+    return passed, text
+
+
 def _logits(
-    baked: Baked,
     runtime: Runtime,
     live: LiveModel,
-    base: Runtime | None,
+    interventions: Sequence[Intervention],
+    references: tuple[Runtime | None, Runtime | None],
     sequences: Sequence[Sequence[int]],
 ) -> _Logits:
+    base, exact = references
     parity, apart = Divergence(), 0.0
+    moved = Divergence() if exact else None
     with progress(f"logits, {runtime.name}", len(sequences)) as update:
         for ids in sequences:
             (batch,) = batches([ids], 0, 1)
             plain = live.logits(batch)[0]
-            with steered(live, baked.interventions):
+            with steered(live, interventions):
                 hooked = live.logits(batch)[0]
             now = runtime.logits(ids)
             # Some runtimes pad the vocabulary.
@@ -134,9 +154,12 @@ def _logits(
             if base:
                 there = base.logits(ids)[:, :words]
                 plain, hooked = there, there + hooked - plain
+            if exact and moved is not None:
+                moved.add(plain, hooked, now)
+                hooked = exact.logits(ids)[:, :words]
             parity.add(plain, hooked, now)
             update(1)
-    return _Logits(parity, apart)
+    return _Logits(parity, moved, apart)
 
 
 def _tensors(baked: Baked, runtime: Runtime) -> tuple[bool, str]:
