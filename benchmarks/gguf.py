@@ -1,6 +1,7 @@
 """Patched GGUFs: parity by type of the base and of the edited tensors, and speed.
 
     python -m benchmarks.gguf bias|lost|converted|disk [--folder DIR] [--gib N]
+        [--edit gate|ablate] [--base Q8_0|Q4_K_M] [--type TYPE]
 
 `bias` quantises SmolLM2 to each type with llama.cpp, adds a vector behind a block by a bias, and
 compares with the base under llama.cpp's own control vector: max |Δ logit|, and on how many
@@ -9,9 +10,11 @@ where the text is read token by token.
 
 `lost` fits political-open's gates on the demo, and ablates the same directions from the same
 blocks, patches GGUFs of several types with them, and prints the lost share
-KL(hooked‖baked) / KL(hooked‖base), where hooked is the base GGUF moved by what the hooks move
-in the checkpoint. What is fitted is kept in the folder for the next time. *Rounding* is the
-same share with the base GGUF under the edits in float32 as hooked: what the written type costs.
+KL(hooked‖baked) / KL(hooked‖base). *Moved*: hooked is the base GGUF moved by what the hooks move
+in the checkpoint. *Exact*: it is the base GGUF with the edits in float32. *Weights*: the same with
+every file's tensors in float32, so that nothing is rounded but what was written. Beside them
+stands what the exact file loses against itself where it is read token by token, and the LoRA of
+the same edits on the base. What is fitted is kept in the folder for the next time.
 
 `converted` prints the same of the edited checkpoint, converted by llama.cpp and quantised anew,
 against the unedited one on the same road.
@@ -28,8 +31,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import llama_cpp
 import numpy as np
@@ -42,19 +47,20 @@ from bake.demo.base import base_gguf
 from bake.directions import save_directions
 from bake.edits import AddVector, CreatedTensor, Edit, LowRank, RemoveSubspace
 from bake.errors import VerificationError
+from bake.export.adapter import write_gguf_lora
 from bake.export.conversion import Reference, survivals
 from bake.export.convert import convert
 from bake.export.converter import find_converter
 from bake.export.gguf import patch
 from bake.export.importance import collect_importance
 from bake.export.inputs import input_moments
-from bake.export.layout import gguf_edits, patch_gguf
+from bake.export.layout import gguf_edits, patch_gguf, write_exact
 from bake.export.quantise import Quantisation
 from bake.export.quantise import quantise as quantised_anew
 from bake.fit.run import fit
 from bake.ggml import quantised
 from bake.gguf_file import GGUFFile
-from bake.hooks import Intervention, steered
+from bake.hooks import Intervention, edits_by_tensor, steered
 from bake.imatrix import read_importance, write_importance
 from bake.judge.choice import find_judge
 from bake.llama import LlamaModel, _backend_log
@@ -84,6 +90,7 @@ QUESTIONS = (
     "What is 7 times 8?",
 )
 CASES = {"Q8_0": ("auto", "q8_0", "f16", "same"), "Q4_K_M": ("auto", "q8_0", "f16", "same")}
+EDITS_OF_DEMO = ("gate", "ablate")
 BLOCKS = "15-23"
 PROMPTS, SEQUENCES, ANSWER = 40, 16, 16
 
@@ -95,18 +102,20 @@ def main() -> None:
     arguments.add_argument("--folder", type=Path)
     arguments.add_argument("--gib", type=float, default=4.0)
     arguments.add_argument("--base", choices=tuple(CASES), action="append")
+    arguments.add_argument("--edit", choices=EDITS_OF_DEMO, action="append")
     arguments.add_argument("--type", choices=("auto", "q8_0", "f16", "same"), action="append")
     chosen = arguments.parse_args()
     torch.set_num_threads(2)
+    edits, bases = chosen.edit or EDITS_OF_DEMO, chosen.base or tuple(CASES)
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if chosen.what == "bias":
             bias(folder)
         elif chosen.what == "lost":
-            lost(folder, chosen.base or tuple(CASES), chosen.type)
+            lost(folder, edits, bases, chosen.type)
         elif chosen.what == "converted":
-            converted(folder, chosen.base or tuple(CASES))
+            converted(folder, edits, bases)
         else:
             disk(folder, chosen.gib)
 
@@ -193,20 +202,23 @@ class Steering:
     @property
     def edits(self) -> dict[str, list[Edit]]:
         """The edits by tensor."""
-        found: dict[str, list[Edit]] = {}
-        for one in self.interventions:
-            for edit in one.edits():
-                found.setdefault(edit.tensor, []).append(edit)
-        return found
+        return edits_by_tensor(self.interventions)
 
 
-def lost(folder: Path, bases: Sequence[str], types: Sequence[str] | None) -> None:
+def lost(
+    folder: Path, edits: Sequence[str], bases: Sequence[str], types: Sequence[str] | None
+) -> None:
     """Lost shares of gate and ablation by type."""
-    for what, ready, steering, plan, model, prompts in steerings(folder):
+    for what, ready, steering, plan, model, prompts in steerings(folder, edits):
         for name in bases:
             base = GGUFFile.open(quantise(materialise().gguf, name, folder))
-            plain = logits(base.path, steering.sequences)
-            exact = exactly(ready, plan, base, steering, folder)
+            compared = Compared.of(ready, plan, base, steering, folder)
+            print(f"{what} | {name} | the exact file by token | {compared.itself(folder)}")
+            lora = folder / "lora.gguf"
+            lora.unlink(missing_ok=True)
+            arguments = (steering.edits, base, ready.arch, ready.base.config, "lora", lora)
+            write_gguf_lora(*arguments)
+            print(f"{what} | {name} | LoRA | {compared.by_lora(base.path, lora)}", flush=True)
             inputs = input_moments(
                 *(model, steering.interventions, base, ready.base.config, steering.edits, prompts)
             )
@@ -224,7 +236,6 @@ def lost(folder: Path, bases: Sequence[str], types: Sequence[str] | None) -> Non
                     print(f"{what} | {name} | {kind} | refused: {str(error).partition(': ')[2]}")
                     continue
                 seconds = time.perf_counter() - began
-                found = logits(output, steering.sequences)
                 types_written = Counter(
                     one.written_type.name + " with feedback" * one.feedback for one in reports
                 )
@@ -232,7 +243,7 @@ def lost(folder: Path, bases: Sequence[str], types: Sequence[str] | None) -> Non
                 shown = ", ".join(f"{count} {kind}" for kind, count in types_written.most_common())
                 print(
                     f"{what} | {name} | {kind} | {shown} | "
-                    f"{shares(plain, steering.moved, exact, found)} | "
+                    f"{compared.shares(output)} | "
                     f"noise {min(noise):.3f} to {max(noise):.3f} | "
                     f"share {min(one.surviving_share for one in reports):.3f} | "
                     f"{output.stat().st_size / base.path.stat().st_size:.3f} of the size | "
@@ -241,10 +252,10 @@ def lost(folder: Path, bases: Sequence[str], types: Sequence[str] | None) -> Non
                 )
 
 
-def converted(folder: Path, bases: Sequence[str]) -> None:
+def converted(folder: Path, edits: Sequence[str], bases: Sequence[str]) -> None:
     """The same of checkpoints that llama.cpp converts and quantises."""
     tree = find_converter()
-    for what, ready, steering, plan, _, _ in steerings(folder):
+    for what, ready, steering, plan, _, _ in steerings(folder, edits):
         full, edited = folder / "full.f32.gguf", folder / f"{what}.f32.gguf"
         if not full.exists():
             convert(tree, ready.base.folder, full, "f32", "demo")
@@ -269,13 +280,11 @@ def converted(folder: Path, bases: Sequence[str]) -> None:
                     target.unlink(missing_ok=True)
                     quantised_anew(GGUFFile.open(source), target, asked, 2, importance, "text")
                 seconds = (time.perf_counter() - began) / 2
-                plain = logits(base, steering.sequences)
-                exact = exactly(ready, plan, GGUFFile.open(base), steering, folder)
-                found = logits(output, steering.sequences)
+                compared = Compared.of(ready, plan, GGUFFile.open(base), steering, folder)
                 reports = survivals(reference, GGUFFile.open(output), moved)
                 print(
                     f"{what} | {name} | converted {option} | "
-                    f"{shares(plain, steering.moved, exact, found)} | "
+                    f"{compared.shares(output)} | "
                     f"share {min(one.surviving_share for one in reports):.3f} to "
                     f"{max(one.surviving_share for one in reports):.3f} | "
                     f"{output.stat().st_size / 2**20:.0f} MiB | {seconds:.0f} s",
@@ -283,33 +292,85 @@ def converted(folder: Path, bases: Sequence[str]) -> None:
                 )
 
 
-def exactly(
-    ready: Prepared, plan: Plan, base: GGUFFile, steering: "Steering", folder: Path
-) -> list[torch.Tensor]:
-    """The logits of a base GGUF with the edits in float32."""
-    output = folder / "exact.gguf"
-    output.unlink(missing_ok=True)
-    arguments = (plan, ready.arch, ready.base.config, base, steering.edits, output)
-    patch_gguf(*arguments, edited_type=Kind.F32)
-    return logits(output, steering.sequences)
+Logits: TypeAlias = Sequence[torch.Tensor]
 
 
-def shares(
-    plain: Sequence[torch.Tensor],
-    moved: Sequence[torch.Tensor],
-    exact: Sequence[torch.Tensor],
-    found: Sequence[torch.Tensor],
-) -> str:
-    """The lost share by either reference."""
-    lost, rounding = Divergence(), Divergence()
-    for one, change, wanted, other in zip(plain, moved, exact, found, strict=True):
-        lost.add(one, one + change, other)
-        rounding.add(one, wanted, other)
-    return f"lost {lost.lost_share:.2%} | rounding {rounding.lost_share:.2%}"
+@dataclass(frozen=True)
+class Compared:
+    """A base GGUF's logits, as it is and with its tensors in float32, and those of the hooked one.
+
+    `exact` and `exact_floats` have the edits in float32.
+    """
+
+    steering: Steering
+    plain: Logits
+    exact: Logits
+    plain_floats: Logits
+    exact_floats: Logits
+
+    @classmethod
+    def of(
+        cls, ready: Prepared, plan: Plan, base: GGUFFile, steering: Steering, folder: Path
+    ) -> "Compared":
+        """Ask llama.cpp; the exact file stays in the folder."""
+        sequences, found = steering.sequences, []
+        arguments = (plan, ready.arch, ready.base.config)
+        with in_floats(base.path) as floats:
+            for source in (GGUFFile.open(floats), base):
+                (folder / "exact.gguf").unlink(missing_ok=True)
+                exact = write_exact(*arguments, source, steering.edits, folder)
+                found += [logits(source.path, sequences), logits(exact, sequences)]
+        plain_floats, exact_floats, plain, exact_ = found
+        return cls(steering, plain, exact_, plain_floats, exact_floats)
+
+    def shares(self, path: Path) -> str:
+        """The lost shares of a baked file."""
+        found = logits(path, self.steering.sequences)
+        with in_floats(path) as floats:
+            weights = logits(floats, self.steering.sequences)
+        moved = [one + change for one, change in zip(self.plain, self.steering.moved, strict=True)]
+        return (
+            f"moved {share(self.plain, moved, found)} | "
+            f"exact {share(self.plain, self.exact, found)} | "
+            f"weights {share(self.plain_floats, self.exact_floats, weights)}"
+        )
+
+    def itself(self, folder: Path) -> str:
+        """What the exact file loses against itself where other sums are made."""
+        sequences = self.steering.sequences
+        with opened(folder / "exact.gguf", sequences) as model:
+            found = [torch.from_numpy(one_by_one(model, ids)) for ids in sequences]
+        return f"exact {share(self.plain, self.exact, found)}"
+
+    def by_lora(self, base: Path, lora: Path) -> str:
+        """What the base with a LoRA loses, of which no tensor is written anew."""
+        sequences = self.steering.sequences
+        with opened(base, sequences) as model:
+            model.set_lora(lora)
+            found = [torch.from_numpy(model.logits(ids)) for ids in sequences]
+        return f"exact {share(self.plain, self.exact, found)}"
+
+
+@contextmanager
+def in_floats(path: Path) -> Iterator[Path]:
+    """The file with every tensor in float32, while the body runs."""
+    made = quantise(path, "F32", path.parent)
+    try:
+        yield made
+    finally:
+        made.unlink()
+
+
+def share(plain: Logits, wanted: Logits, found: Logits) -> str:
+    """KL(wanted‖found) / KL(wanted‖plain)."""
+    total = Divergence()
+    for one, hooked, baked in zip(plain, wanted, found, strict=True):
+        total.add(one, hooked, baked)
+    return f"{total.lost_share:.2%}"
 
 
 def steerings(
-    folder: Path,
+    folder: Path, edits: Sequence[str]
 ) -> Iterator[tuple[str, Prepared, "Steering", Plan, LiveModel, list[list[int]]]]:
     """Gate and ablation, fitted once, with what fits roundings to inputs."""
     gate = load_recipe(
@@ -324,16 +385,18 @@ def steerings(
     texts = [one.text for one in ready.texts.fit[:32]]
     prompts += [model.tokenizer(one, add_special_tokens=False).input_ids[:96] for one in texts]
     asked = [model.render(one.text) for role in ready.part("test", 4).values() for one in role]
-    for what in ("gate", "ablate"):
+    for what in EDITS_OF_DEMO:
+        if what not in edits and (what != "gate" or directions.exists()):
+            continue
         kept = folder / f"{what}.pt"
         if kept.exists():
             steering, plan = torch.load(kept, weights_only=False)
         else:
             loaded = gate
             if what == "ablate":
-                edits = f"edits=[{{op: ablate, layers: {BLOCKS}}}]"
+                ablation = f"edits=[{{op: ablate, layers: {BLOCKS}}}]"
                 loaded = load_recipe(
-                    "political-open", overrides=(edits, f"directions={directions}"), output="x"
+                    "political-open", overrides=(ablation, f"directions={directions}"), output="x"
                 )
             now = prepare(loaded.recipe)
             fitted = fit(
@@ -345,7 +408,8 @@ def steerings(
                 save_directions(fitted.directions, directions)
             steering, plan = moved(model, fitted.interventions, asked[:SEQUENCES]), now.plan
             torch.save((steering, plan), kept)
-        yield what, ready, steering, plan, model, prompts
+        if what in edits:
+            yield what, ready, steering, plan, model, prompts
 
 
 def moved(
@@ -366,8 +430,13 @@ def moved(
 
 def logits(path: Path, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """llama.cpp's logits of every sequence."""
-    with LlamaModel(path, context=max(map(len, sequences)), parallel=1, threads=2) as model:
+    with opened(path, sequences) as model:
         return [torch.from_numpy(model.logits(ids)) for ids in sequences]
+
+
+def opened(path: Path, sequences: Sequence[Sequence[int]]) -> LlamaModel:
+    """llama.cpp with room for every sequence."""
+    return LlamaModel(path, context=max(map(len, sequences)), parallel=1, threads=2)
 
 
 def disk(folder: Path, gib: float) -> None:

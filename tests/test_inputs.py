@@ -8,11 +8,17 @@ from torch import Tensor
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.edits import LowRank
-from bake.export.inputs import input_moments
+from bake.export.inputs import _affordable, input_moments
 from bake.gguf_file import GGUFFile
 from bake.model import LiveModel
 from tests.tiny import write_tiny
 from tests.tiny_gguf import requantised, write_tiny_gguf
+
+
+def test_the_widest_moments_are_not_gathered() -> None:
+    """Of 11008 columns feedback alone takes 4 GB; of 8192 there is room for eight."""
+    widths = {"wide": 11008, **{f"down.{layer}": 8192 for layer in range(9)}, "out": 4096}
+    assert list(_affordable(widths)) == ["out", *(f"down.{layer}" for layer in range(7))]
 
 
 def test_moments_follow_the_columns_of_linear_attention(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_small_recipe_gets_every_default(tmp_path: Path) -> None:
     assert recipe.prompts.lookalike == PromptSource(set="lookalikes")
     assert recipe.fit.positions.template == 6
     assert recipe.fit.positions.answer == 10
-    assert recipe.export.gguf == GGUFExport(base="demo", edited_type="q8_0")
+    assert recipe.export.gguf == GGUFExport(base="demo", edited_type="auto")
     assert recipe.verify.lost_share == 1e-3
     assert (recipe.guard.protected_drop, recipe.guard.runtime_gap) == (2.0, 3.0)
     assert recipe.runtimes == ("transformers", "llama.cpp", "ollama")

@@ -15,7 +15,9 @@ from bake.model import LiveModel
 __all__ = ["input_moments"]
 
 _AT_A_TIME = 2 << 30
-"""Bytes of moments in float64 that are gathered in one pass."""
+"""Bytes of moments in float64 that are gathered in one pass, and of those kept in float32."""
+_WIDEST = 8192
+"""Columns beyond which feedback, four such matrices in float64, takes more than that."""
 
 
 def input_moments(
@@ -32,7 +34,8 @@ def input_moments(
     `prompts` token ids. The inputs a are gathered with the
     interventions in force, at every token but the first, whose few huge activations would
     count for more than all the rest. Experts do not see every token, and embeddings read none:
-    they are left out, and their noise is that of inputs in all directions alike.
+    they are left out, and their noise is that of inputs in all directions alike. So are matrices
+    wider than `_WIDEST`, and the widest ones where the moments of all take too much memory.
     """
     widths = {}
     for written in model.arch.written(edits).values():
@@ -45,7 +48,7 @@ def input_moments(
         Conversation(tuple(ids), len(ids) - 1, tuple(range(1, len(ids)))) for ids in prompts
     ]
     found = {}
-    for modules in _groups(widths):
+    for modules in _groups(_affordable(widths)):
         taps = {name: Tap(model.module(name), "input", "decision", "second") for name in modules}
         with steered(model, interventions):
             moments = collect(model, conversations, taps)
@@ -53,6 +56,16 @@ def input_moments(
             heads = model.arch.tiled_heads(f"{name}.weight", config)
             gram = tiled_columns(tiled_columns(moment.gram.float(), heads).T, heads)
             found[model.arch.gguf_name(f"{name}.weight")] = gram
+    return found
+
+
+def _affordable(widths: Mapping[str, int]) -> dict[str, int]:
+    """The modules whose moments fit into memory, the narrowest first."""
+    found, size = {}, 0
+    for name, width in sorted(widths.items(), key=lambda one: one[1]):
+        size += 4 * width**2
+        if width <= _WIDEST and size <= _AT_A_TIME:
+            found[name] = width
     return found
 
 
