@@ -13,7 +13,7 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from bake.evaluate import Rate
-from bake.evidence import Evidence
+from bake.evidence import MOVED, Evidence
 from bake.prompts.rows import HUB
 from bake.recipe import Add, PromptSource
 
@@ -214,6 +214,11 @@ def _measured(evidence: Evidence) -> Iterator[str]:
             effect = f"{one.largest_effect:.1f} ({one.positions} positions)"
             parity.append((runtime, f"{one.lost_share:.1e}", f"{one.largest:.1e}", effect))
         yield _table(parity)
+    if MOVED in evidence.parity:
+        yield (
+            "Under `llama.cpp` the hooked model is the base GGUF with the edits in float32; as the "
+            "checkpoint is moved, it is the base GGUF's logits plus what the hooks change there."
+        )
     if evidence.conversion:
         yield str(evidence.conversion)
     if evidence.runtimes:

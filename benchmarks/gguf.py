@@ -48,7 +48,6 @@ from bake.directions import save_directions
 from bake.edits import AddVector, CreatedTensor, Edit, LowRank, RemoveSubspace
 from bake.errors import VerificationError
 from bake.export.adapter import write_gguf_lora
-from bake.export.conversion import Reference, survivals
 from bake.export.convert import convert
 from bake.export.converter import find_converter
 from bake.export.gguf import patch
@@ -91,6 +90,7 @@ QUESTIONS = (
 )
 CASES = {"Q8_0": ("auto", "q8_0", "f16", "same"), "Q4_K_M": ("auto", "q8_0", "f16", "same")}
 EDITS_OF_DEMO = ("gate", "ablate")
+OPTIONS = ("converted", "patched, auto", "imatrix", "edited_type: q8_0")
 BLOCKS = "15-23"
 PROMPTS, SEQUENCES, ANSWER = 40, 16, 16
 
@@ -104,6 +104,7 @@ def main() -> None:
     arguments.add_argument("--base", choices=tuple(CASES), action="append")
     arguments.add_argument("--edit", choices=EDITS_OF_DEMO, action="append")
     arguments.add_argument("--type", choices=("auto", "q8_0", "f16", "same"), action="append")
+    arguments.add_argument("--option", choices=OPTIONS, action="append")
     chosen = arguments.parse_args()
     torch.set_num_threads(2)
     edits, bases = chosen.edit or EDITS_OF_DEMO, chosen.base or tuple(CASES)
@@ -115,7 +116,7 @@ def main() -> None:
         elif chosen.what == "lost":
             lost(folder, edits, bases, chosen.type)
         elif chosen.what == "converted":
-            converted(folder, edits, bases)
+            converted(folder, edits, bases, chosen.option)
         else:
             disk(folder, chosen.gib)
 
@@ -252,10 +253,12 @@ def lost(
                 )
 
 
-def converted(folder: Path, edits: Sequence[str], bases: Sequence[str]) -> None:
+def converted(
+    folder: Path, edits: Sequence[str], bases: Sequence[str], options: Sequence[str] | None
+) -> None:
     """The same of checkpoints that llama.cpp converts and quantises."""
     tree = find_converter()
-    for what, ready, steering, plan, _, _ in steerings(folder, edits):
+    for what, ready, steering, plan, model, prompts in steerings(folder, edits):
         full, edited = folder / "full.f32.gguf", folder / f"{what}.f32.gguf"
         if not full.exists():
             convert(tree, ready.base.folder, full, "f32", "demo")
@@ -267,27 +270,30 @@ def converted(folder: Path, edits: Sequence[str], bases: Sequence[str]) -> None:
         if not matrix.exists():
             texts = [one.text for one in ready.texts.fit]
             write_importance(collect_importance(full, texts, "text", 2), matrix)
-        reference = Reference(GGUFFile.open(full), GGUFFile.open(full), None, 0.0)
+        floats = [logits(path, steering.sequences) for path in (full, edited)]
         moved = gguf_edits(steering.edits, ready.arch, ready.base.config)
         larger = tuple(("^" + name.replace(".", r"\.") + "$", Kind.Q8_0) for name in moved)
+        base, output = folder / "converted.base.gguf", folder / "converted.gguf"
         for name in bases:
-            for option in ("", "imatrix", "edited_type: q8_0"):
-                base, output = folder / "converted.base.gguf", folder / "converted.gguf"
+            for option in options or OPTIONS:
                 asked = Quantisation(name.lower(), larger if "edited" in option else ())
                 importance = read_importance(matrix) if option == "imatrix" else None
-                began = time.perf_counter()
-                for source, target in ((full, base), (edited, output)):
-                    target.unlink(missing_ok=True)
-                    quantised_anew(GGUFFile.open(source), target, asked, 2, importance, "text")
-                seconds = (time.perf_counter() - began) / 2
-                compared = Compared.of(ready, plan, GGUFFile.open(base), steering, folder)
-                reports = survivals(reference, GGUFFile.open(output), moved)
+                for path in (base, output):
+                    path.unlink(missing_ok=True)
+                quantised_anew(GGUFFile.open(full), base, asked, 2, importance, "text")
+                there = GGUFFile.open(base)
+                if option == "patched, auto":
+                    arguments = (steering.interventions, there, ready.base.config, steering.edits)
+                    inputs = input_moments(model, *arguments, prompts)
+                    arguments = (plan, ready.arch, ready.base.config, there, steering.edits, output)
+                    patch_gguf(*arguments, edited_type="auto", inputs=inputs)
+                else:
+                    quantised_anew(GGUFFile.open(edited), output, asked, 2, importance, "text")
+                compared = Compared.of(ready, plan, there, steering, folder)
                 print(
-                    f"{what} | {name} | converted {option} | "
-                    f"{compared.shares(output)} | "
-                    f"share {min(one.surviving_share for one in reports):.3f} to "
-                    f"{max(one.surviving_share for one in reports):.3f} | "
-                    f"{output.stat().st_size / 2**20:.0f} MiB | {seconds:.0f} s",
+                    f"{what} | {name} | {option} | {compared.shares(output)} | from the floats "
+                    f"{share(*floats, logits(output, steering.sequences))}, exact "
+                    f"{share(*floats, compared.exact)} | {output.stat().st_size / 2**20:.0f} MiB",
                     flush=True,
                 )
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from bake.base_card import BaseCard, base_card
 from bake.card import Place, card, check_card
-from bake.evidence import Evidence
+from bake.evidence import MOVED, Evidence
 from bake.hub.secrets import CHUNK, holds_token
 from bake.recipe import LoadedRecipe, load_recipe
 
@@ -79,7 +79,10 @@ def evidence(loaded: LoadedRecipe, **base: Any) -> Evidence:
         "base": base,
         "measured": {
             "refusals": {"before": {"transformers": before}, "after": {"transformers": rates}},
-            "parity": {},
+            "parity": {
+                name: {"lost_share": 0.1, "largest": 1.0, "largest_effect": 9.0, "positions": 5}
+                for name in ("llama.cpp", MOVED)
+            },
         },
         "runtimes": {"vllm": {"status": "by table", "version": "vLLM 0", "trust": ["a | b"]}},
         "conversion": {"type": "bf16", "outtype": "bf16", "apart": 0.004},
@@ -110,6 +113,8 @@ def test_a_card_names_base_datasets_and_results() -> None:
     assert "| vllm | not run; by what is known of vLLM 0, a \\| b |" in text
     assert "made of the checkpoint by llama.cpp's own converter, in bf16 (" in text
     assert "quantised" not in text
+    assert f"| {MOVED} | 1.0e-01 |" in text
+    assert "the hooked model is the base GGUF with the edits in float32" in text
 
 
 def test_a_card_holds_whatever_a_recipe_says(tmp_path: Path) -> None:
