@@ -223,7 +223,7 @@ def check_edits(
     by_table = any(isinstance(one, TableGELU) for one in model.model.modules())
     before = model.logits(BATCH)
     there = logits(gguf.path)
-    torch.testing.assert_close(there, before, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(there, before, atol=2e-2, rtol=2e-3)
 
     for number, spec in enumerate(edits):
         built = interventions(base, arch, recipe_of(spec))
