@@ -74,7 +74,9 @@ def bake(
         edits = edits_of(ready, fitted)
         written = write_all(loaded, ready, model, fitted, edits, staging, aside)
         if road and reference:
-            written = converted(loaded, ready, road, reference, edits, written, staging, aside)
+            written = converted(
+                *(loaded, ready, road, reference, model, fitted, edits, written, staging, aside)
+            )
         base_gguf = reference.file if reference else ready.gguf
         artefacts = Artefacts(
             ready.base.folder,

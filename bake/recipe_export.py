@@ -115,7 +115,8 @@ class GGUFExport(_Section):
         default="auto",
         description="The type of the edited matrices; the others keep theirs. `auto` is the "
         "smallest that keeps the edit, `same` the base's own or a refusal. Under `convert` what "
-        "the type has for them, unless one is named.",
+        "the type has for them, unless one is named; if that is `auto` or `same`, the unedited "
+        "checkpoint is converted and patched.",
     )
 
     split: PartSize | None = Field(
@@ -130,6 +131,11 @@ class GGUFExport(_Section):
         if self.split is None:
             return None
         return int(self.split[:-1]) * {"M": 10**6, "G": 10**9}[self.split[-1]]
+
+    @property
+    def patches_converted(self) -> bool:
+        """Whether the unedited checkpoint is converted, and its GGUF patched."""
+        return self.convert is not None and self.named_type in ("auto", "same")
 
     @property
     def named_type(self) -> str | None:
@@ -158,10 +164,7 @@ class GGUFExport(_Section):
         if self.split and self.convert is None:
             message = "a patched file has its base's parts; leave it out, or give a split base"
             findings.append((("split",), message))
-        if self.convert and self.named_type in ("auto", "same"):
-            message = f"{self.edited_type} is of patched files; under convert name a type"
-            findings.append((("edited_type",), message))
-        elif self.convert and self.named_type and self.convert.is_float:
+        if self.convert and self.named_type and self.convert.is_float:
             message = f"convert.type is {self.convert.type}, for all matrices; leave it out"
             findings.append((("edited_type",), message))
         if findings:

@@ -420,9 +420,10 @@ class Verification(_Section):
     gguf_moved_share: float = Field(
         default=0.5,
         gt=0,
-        le=1,
+        le=100,
         description="The same against the base GGUF moved by what the hooks move in the "
-        "checkpoint: that the edits do there what they are for, whatever the base's own rounding.",
+        "checkpoint: that the edits do there what they are for. A base in few bits may be "
+        "further away than steering moves it, which is more than 1.",
     )
     prompts: Count = Field(default=24, description="Held-out prompts whose logits are compared.")
 

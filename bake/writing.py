@@ -146,37 +146,48 @@ def converted(
     ready: Prepared,
     road: Road,
     reference: Reference,
+    model: LiveModel,
+    fitted: Fitted,
     edits: Mapping[str, Sequence[Edit]],
     written: Written,
     staging: Path,
     aside: Path,
 ) -> Written:
-    """Convert what was baked, say where it comes from, and measure every edited matrix."""
-    folder, output = staging, staging / f"{ready.recipe.name}.gguf"
+    """Convert what was baked, say where it comes from, and measure every edited matrix.
+
+    Or patch the converted base, where the recipe has it so: then nothing but the edits is
+    rounded anew.
+    """
+    output = staging / f"{ready.recipe.name}.gguf"
     plan, arch, config = ready.plan, ready.arch, ready.base.config
-    if not ready.recipe.export.safetensors:
-        folder = aside / "baked"
-        folder.mkdir()
-        written = replace(written, residuals=_write_safetensors(ready, edits, folder))
-    patched = aside / "patched.gguf"
-    patch_gguf(plan, arch, config, reference.full, edits, patched, edited_type=F32)
-    whole, made = GGUFFile.open(patched), aside / "converted.gguf"
-    made_file = road.baked(folder, made, reference, plan, arch, whole, aside)
-    patched.unlink()
+    export = ready.recipe.export.gguf
+    assert export is not None
     quantiser = None if road.asked.is_float else "bake (by llama.cpp's quantiser)"
-    said = provenance(made_file, loaded, quantised=quantiser)
-    size = ready.recipe.export.gguf and ready.recipe.export.gguf.part_size
-    laid_out = in_parts(made_file, size) if size else made_file
-    patch(laid_out, {}, output, edited_type=F32, pairs=said)
-    output = part_names(output, len(laid_out.files))[0]
-    made.unlink()
-    file, exact = GGUFFile.open(output), None
+    size, renamed = export.part_size, plan.insertion.of_gguf().renamed(reference.full.tensors)
+    if export.patches_converted:
+        base = in_parts(reference.file, size) if size else reference.file
+        said = provenance(base, loaded, quantised=quantiser)
+        inputs = _inputs(ready, model, base, fitted, edits)
+        measured = _patch(ready, base, edits, inputs, said, output)
+        output = part_names(output, len(base.files))[0]
+    else:
+        folder = staging
+        if not ready.recipe.export.safetensors:
+            folder = aside / "baked"
+            folder.mkdir()
+            written = replace(written, residuals=_write_safetensors(ready, edits, folder))
+        made = _converted(ready, road, reference, edits, folder, aside)
+        said = provenance(made, loaded, quantised=quantiser)
+        laid_out = in_parts(made, size) if size else made
+        patch(laid_out, {}, output, edited_type=F32, pairs=said)
+        made.path.unlink()
+        output = part_names(output, len(laid_out.files))[0]
+        moved = gguf_edits(edits, arch, config)
+        measured = survivals(reference, GGUFFile.open(output), moved, renamed)
+        _check_survival(measured, output.name, "set export.gguf.convert to a larger type")
+    exact = None
     if reference.file.is_quantised:
         exact = write_exact(plan, arch, config, reference.file, edits, aside)
-    moved = gguf_edits(edits, arch, config)
-    renamed = plan.insertion.of_gguf().renamed(reference.full.tensors)
-    measured = survivals(reference, file, moved, renamed)
-    _check_survival(measured, output.name, "set export.gguf.convert to a larger type")
     if road.asked.imatrix == TEXT and reference.importance:
         road.save_importance(reference.importance.renamed(renamed), staging)
     conversion = {
@@ -192,6 +203,23 @@ def converted(
         conversion=conversion,
         exact=exact,
     )
+
+
+def _converted(
+    ready: Prepared,
+    road: Road,
+    reference: Reference,
+    edits: Mapping[str, Sequence[Edit]],
+    folder: Path,
+    aside: Path,
+) -> GGUFFile:
+    """The baked checkpoint in `folder` through the converter, compared with a patched base."""
+    plan, arch, patched = ready.plan, ready.arch, aside / "patched.gguf"
+    patch_gguf(*(plan, arch, ready.base.config, reference.full, edits, patched), edited_type=F32)
+    whole, output = GGUFFile.open(patched), aside / "converted.gguf"
+    made = road.baked(folder, output, reference, plan, arch, whole, aside)
+    patched.unlink()
+    return made
 
 
 def _write_vectors(

@@ -190,7 +190,7 @@ MISTAKES = {
     "{convert: {type: base, pure: true}, base: x.gguf}": r"pure: type: base has the type of every",
     "{convert: q4_0, base: x.gguf}": r"base: is patched, and convert takes the checkpoint",
     "{base: null}": r"base: nothing to patch; give a GGUF, or export\.gguf\.convert",
-    "{convert: q4_0, edited_type: auto}": r"edited_type: auto is of patched files",
+    "{convert: f16, edited_type: auto}": r"edited_type: convert\.type is f16",
     "{convert: bf16, edited_type: q8_0}": r"edited_type: convert\.type is bf16",
     "{convert: q4_0, split: 4GB}": r"split: no size '4GB'; expected a number of M or G",
     "{base: x.gguf, split: 4G}": r"split: a patched file has its base's parts",

@@ -261,6 +261,26 @@ def test_a_bake_is_converted(
     }
 
 
+def test_a_converted_base_is_patched(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo: Demo
+) -> None:
+    """Nothing but the edits is rounded anew, so less is lost than where all matrices are."""
+    place(tmp_path, monkeypatch, demo, "llama", "bias")
+    limits = ("verify.gguf_lost_share=1", "verify.gguf_moved_share=100")
+    edits = "edits=[{op: ablate, layers: [1]}]"
+    lost = {}
+    for kind in ("", ", edited_type: auto"):
+        gguf = f"export.gguf={{convert: q4_0{kind}, split: 1M}}"
+        loaded = load_recipe("recipe.yaml", overrides=(edits, gguf, *limits), output=f"out{kind}")
+        manifest = json.loads((bake(loaded) / "bake.json").read_text())
+        lost[kind] = manifest["measured"]["parity"]["llama.cpp"]["lost_share"]
+    assert lost[", edited_type: auto"] < lost[""] / 4
+    assert all(one["noise"] <= 0.1 and one["by_inputs"] for one in manifest["gguf"])
+    file = GGUFFile.open(next((tmp_path / "out, edited_type: auto").glob("recipe-00001-of-*.gguf")))
+    assert file.tensors["blk.2.ffn_down.weight"].type.name == "Q4_0"
+    assert file.metadata["general.quantized_by"] == "bake (by llama.cpp's quantiser)"
+
+
 def test_the_mix_of_another_file_is_taken(
     tree: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

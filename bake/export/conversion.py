@@ -122,8 +122,9 @@ class Road:
             return None
         matrices = (edit.tensor for edit in plan.edits if len(edit.shape) > 1)
         edited = sorted({arch.gguf_name(name) for name in matrices if name in base.tensors})
-        tree = find_converter(llama_cpp)
-        return cls.of(tree, export.convert, base, recipe.name, mix, edited, export.named_type)
+        tree, kind = find_converter(llama_cpp), export.named_type
+        kind = None if export.patches_converted else kind
+        return cls.of(tree, export.convert, base, recipe.name, mix, edited, kind)
 
     @property
     def importance_name(self) -> str:
