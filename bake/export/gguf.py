@@ -9,6 +9,7 @@ written with its header last: until then it is no GGUF at all. The order
 and alignment of the data follow gguf-py's `gguf_writer.py` (`write_tensors_to_file`).
 """
 
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -269,7 +270,7 @@ def _edit(asked: _Asked, files: Files, offset: int, name: str) -> tuple[GGUFTens
     base, edits = asked.base, asked.edits[name]
     old = replace(base.tensors[name], part=0)
     before = base.read(name)
-    if not torch.isfinite(before).all():
+    if not _finite(before):
         raise GGUFError(
             f"{base.path_of(base.tensors[name])}: tensor {name!r} holds what is no number; "
             "download it or convert it again"
@@ -286,6 +287,10 @@ def _edit(asked: _Asked, files: Files, offset: int, name: str) -> tuple[GGUFTens
         rows = before.reshape(-1, columns), edited.reshape(-1, columns)
         change = Change(files.path, old, *rows, asked.inputs.get(name))
         new, way, found = _requantise(files, offset, change, asked)
+        del change, rows
+    if len(edits) == 1:
+        # Of large tensors there are as few at a time as there can be.
+        del edited
     after = read_tensor(files.output, new)
     _check_finite(files, name, after, new.type)
     if len(edits) == 1:
@@ -371,8 +376,13 @@ def _create(
 
 
 def _check_finite(files: Files, name: str, tensor: Tensor, kind: GGMLQuantizationType) -> None:
-    if not torch.isfinite(tensor).all():
+    if not _finite(tensor):
         raise _not_finite(files, name, kind)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all is finite, without a copy of it; what is no number is its own minimum."""
+    return not tensor.numel() or all(math.isfinite(one) for one in tensor.aminmax())
 
 
 def _not_finite(files: Files, name: str, kind: GGMLQuantizationType) -> GGUFError:
