@@ -119,11 +119,11 @@ class Moments:
             strip = rows[:, first : first + STRIP].T
             self._outer[first : first + STRIP, first:] += strip @ rows[:, first:]
 
-    def join(self, work: Work) -> None:
-        """Take in what all other processes have."""
+    def share(self, work: Work, rank: int) -> None:
+        """Take what the process has that took the samples in."""
         self._multiply()
-        found = work.summed([self._weight, self._total, self._outer, self._kept])
-        self._weight, self._total, self._outer, self._kept = found
+        own = (self._weight, self._total, self._outer, self._kept)
+        self._weight, self._total, self._outer, self._kept = work.by(rank, lambda: own)
 
     @property
     def held(self) -> int:
@@ -171,9 +171,10 @@ def collect(
 ) -> dict[Any, Moments]:
     """Moments of every tap over the chosen positions of all conversations.
 
-    The model's processes share the conversations, and all have the result. `progress` receives
-    the number of conversations done since the last call. `state` names what hooks make of the
-    model, `bare` where there are none: without it no batch is remembered in the journal.
+    The model's processes share the conversations, and one takes in all samples of a tap, in their
+    order; all have the result. `progress` receives the number of conversations done since the
+    last call. `state` names what hooks make of the model, `bare` where there are none: without
+    it no batch is remembered in the journal.
     Raises FitError when there is no conversation, when one has no token so far back, or when
     an activation is not finite.
     """
@@ -252,13 +253,16 @@ def collect(
         ]
         return ["captured", state, read]
 
+    # In an order that all processes have: a set's is each one's own.
+    dealt = sorted(taps, key=str)
     handles = [handle for name, tap in taps.items() for handle in watch(name, tap)]
     padded = batches(
         [one.ids for one in conversations], model.tokenizer.pad_token_id, batch_size, prefix
     )
     try:
         for batch, found in model.work.results(padded, captured, key if state else None, progress):
-            for name, tap in taps.items():
+            for name in model.work.own(dealt):
+                tap = taps[name]
                 counts = [len(one) for one in places(batch)[tap.where]]
                 rows = [row for row, n in zip(batch.rows, counts, strict=True) for _ in range(n)]
                 weighted = tap.positions == "last"
@@ -268,8 +272,8 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    for one in moments.values():
-        one.join(model.work)
+    for number, name in enumerate(dealt):
+        moments[name].share(model.work, number % model.work.size)
     return moments
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import click
 from click.shell_completion import CompletionItem
@@ -18,6 +18,10 @@ __all__ = ["cli", "main"]
 
 # What a system says of a path, wherever one is touched first.
 _SYSTEM = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.EPERM, errno.EROFS)
+
+
+# What the processes of a launch share; None is a bake.
+SHARED: Final = (None, "apply", "fit", "select")
 
 
 class _Recipes(click.Group):
@@ -103,12 +107,10 @@ def cli(
 
     bake --recipe political-open.yaml
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in (
-        "fit",
-        "select",
-    ):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in SHARED:
         raise click.UsageError(
-            "several processes are for `bake fit` and `bake select`; run this without launcher"
+            "several processes are for bakes, `bake apply`, `bake fit` and `bake select`; run "
+            "this without launcher"
         )
     if context.invoked_subcommand:
         if recipe or model or output or overrides or llama_cpp or overwrite:
@@ -126,7 +128,13 @@ def cli(
     loaded = load_recipe(recipe, overrides=overrides, model=model, output=output)
     tree = Path(llama_cpp) if llama_cpp else None
     folder = bake(loaded, overwrite=overwrite, llama_cpp=tree, show=click.echo)
-    click.echo(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
+    _say(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
+
+
+def _say(text: str) -> None:
+    """Print a line; of the processes of a launch one does."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text)
 
 
 @cli.command("plan")
@@ -178,7 +186,7 @@ def apply_command(plan: str, output: str | None, llama_cpp: str | None, overwrit
     loaded = saved.recipe(output)
     tree = Path(llama_cpp) if llama_cpp else None
     folder = bake(loaded, overwrite=overwrite, planned=saved, llama_cpp=tree, show=click.echo)
-    click.echo(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
+    _say(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
 
 
 @cli.command("fit")

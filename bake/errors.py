@@ -15,6 +15,7 @@
     │   ├── PlanError               1   a saved plan, or a base that is not the plan's any more
     │   └── OutputError             1   the output folder: exists, full, not writable
     ├── FitError                    1   the data do not determine a direction
+    ├── LaunchError                 1   another process of a launch is gone
     ├── GuardError                  3   the bake changed what it promised to protect
     └── VerificationError           4   what was written is not what was planned
 
@@ -36,6 +37,7 @@ __all__ = [
     "HubError",
     "InputError",
     "JudgeError",
+    "LaunchError",
     "ManifestError",
     "OutputError",
     "PlanError",
@@ -105,6 +107,10 @@ class OutputError(InputError):
 
 class FitError(BakeError):
     """The data do not determine a direction: too few samples, one class, not finite."""
+
+
+class LaunchError(BakeError):
+    """Another process of this launch has ended, or is out of reach."""
 
 
 class GuardError(BakeError):

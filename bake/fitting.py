@@ -148,7 +148,7 @@ def _begun(recipe: Recipe, layers: Sequence[int] | None, label: str) -> Iterator
     chosen = direction_layers(recipe) if layers is None else layers
     ready.arch.check_layers(chosen, ready.base.config, "--layers")
     judge = find_judge(recipe.judge)
-    journal = Journal.of(work.by_main(lambda: run_of(ready, base_hashes(ready))))
+    journal = Journal.of(run_of(ready, base_hashes(ready, work)))
     if work.main and journal.finished:
         note(f"{label}: {journal.finished} batches are finished already, in {journal.folder}")
     model = LiveModel.load(ready.base.folder, ready.arch, system=recipe.system_prompt)

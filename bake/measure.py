@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -15,7 +15,7 @@ from bake.errors import VerificationError
 from bake.evaluate import Answer, judged, paired, rates
 from bake.evidence import MOVED
 from bake.hooks import Intervention, steered
-from bake.judge import Judge
+from bake.judge import Exchange, Judge, Verdict
 from bake.judge.thinking import Thinking
 from bake.llama import LlamaModel
 from bake.model import Batch, LiveModel, batches
@@ -24,6 +24,7 @@ from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import Recipe
 from bake.verify import Divergence
+from bake.work import Work
 
 __all__ = [
     "Artefacts",
@@ -108,6 +109,8 @@ def measure(
 ) -> Measured:
     """Compare base, hooked and baked model on the test split's prompts by role.
 
+    The model's processes share the prompts, but llama.cpp's answers are of one.
+
     Logits are compared in float32, answers are given in the written type. Without a
     baked folder the hooked model answers for transformers. Raises VerificationError
     when a runtime's logits are further from the hooked model's than the recipe allows.
@@ -166,29 +169,36 @@ def _parity(
     baked = None
     if artefacts.baked:
         baked = LiveModel.load(artefacts.baked, model.arch, torch.float32)
-    with progress("parity", len(compared)) as update:
-        for batch in batches(compared, model.tokenizer.pad_token_id, 4):
-            real = batch.mask.bool()
-            base = single.logits(batch)[real]
-            with steered(single, interventions):
-                hooked = single.logits(batch)[real]
-            if baked:
-                found["transformers"].add(base, hooked, baked.logits(batch)[real])
-            if llamas:
-                there = {name: _llama_logits(llama, batch) for name, llama in llamas.items()}
-                plain = there["base"]
-                # What the hooks change, laid on the base GGUF: its quantisation is not the bake's.
-                moved = plain + hooked - base
-                wanted = there.get("exact", moved)
-                found["llama.cpp"].add(plain, wanted, there["baked"])
-                if "exact" in there:
-                    found[MOVED].add(plain, moved, there["baked"])
-                if "lora" in there:
-                    found[LORA].add(plain, wanted, there["lora"])
-            update(len(batch.rows))
-    if llamas:
+
+    def of(batch: Batch) -> dict[str, Tensor]:
+        now: defaultdict[str, Divergence] = defaultdict(Divergence)
+        real = batch.mask.bool()
+        base = single.logits(batch)[real]
+        with steered(single, interventions):
+            hooked = single.logits(batch)[real]
+        if baked:
+            now["transformers"].add(base, hooked, baked.logits(batch)[real])
+        if llamas:
+            there = {name: _llama_logits(llama, batch) for name, llama in llamas.items()}
+            plain = there["base"]
+            # What the hooks change, laid on the base GGUF: its quantisation is not the bake's.
+            moved = plain + hooked - base
+            wanted = there.get("exact", moved)
+            now["llama.cpp"].add(plain, wanted, there["baked"])
+            if "exact" in there:
+                now[MOVED].add(plain, moved, there["baked"])
+            if "lora" in there:
+                now[LORA].add(plain, wanted, there["lora"])
+        return {runtime: one.as_tensor() for runtime, one in now.items()}
+
+    padded = batches(compared, model.tokenizer.pad_token_id, 4)
+    with progress("parity", len(compared), model.work.main) as update:
+        for _, parts in model.work.results(padded, of, progress=update):
+            for runtime, part in parts.items():
+                found[runtime].join(part)
+    if llamas and model.work.main:
         _control_vector(found, llamas, interventions, compared)
-    return dict(found)
+    return model.work.by_main(lambda: dict(found))
 
 
 def _check_read(llama: LlamaModel, artefacts: Artefacts) -> None:
@@ -218,27 +228,48 @@ def _behaviour(
     count = 2 * sum(map(len, prompts.values()))
     size, tokens = recipe.evaluate.batch, recipe.evaluate.answer_tokens
 
-    def ask(answer: Callable[[list[list[int]]], Sequence[Sequence[int]]]) -> Answers:
+    def ask(
+        answer: Callable[[list[list[int]]], Sequence[Sequence[int]]], by: Judge = judge
+    ) -> Answers:
         marks = Thinking(recipe.judge.thinking.begin, recipe.judge.thinking.end)
-        return judged(prompts, model.render, answer, model.text, judge, marks)
+        return judged(prompts, model.render, answer, model.text, by, marks)
 
     if "transformers" in recipe.evaluate.runtimes:
-        with progress("answers, transformers", count) as update:
+        one = _AskedByMain(judge, model.work)
+        with progress("answers, transformers", count, model.work.main) as update:
             before["transformers"] = ask(
-                partial(model.answer, tokens=tokens, batch_size=size, progress=update)
+                partial(model.answer, tokens=tokens, batch_size=size, progress=update), one
             )
-            baked = LiveModel.load(artefacts.baked, model.arch) if artefacts.baked else model
+            baked = model
+            if artefacts.baked:
+                baked = replace(LiveModel.load(artefacts.baked, model.arch), work=model.work)
             with steered(baked, () if artefacts.baked else interventions):
                 after["transformers"] = ask(
-                    partial(baked.answer, tokens=tokens, batch_size=size, progress=update)
+                    partial(baked.answer, tokens=tokens, batch_size=size, progress=update), one
                 )
     if llamas and "llama.cpp" in recipe.evaluate.runtimes:
-        with progress("answers, llama.cpp", count) as update:
+        with progress("answers, llama.cpp", count, model.work.main) as update:
             for name, into in (("base", before), ("baked", after)):
-                into["llama.cpp"] = ask(
-                    partial(llamas[name].generate, max_tokens=tokens, progress=update)
-                )
+                said = partial(llamas[name].generate, max_tokens=tokens, progress=update)
+                into["llama.cpp"] = model.work.by_main(partial(ask, said))
     return before, after
+
+
+@dataclass(frozen=True)
+class _AskedByMain:
+    """A judge that one process asks for all."""
+
+    asked: Judge
+    work: Work
+
+    @property
+    def name(self) -> str:
+        """See `Judge`."""
+        return self.asked.name
+
+    def judge(self, exchanges: Sequence[Exchange]) -> Sequence[Verdict]:
+        """See `Judge`."""
+        return self.work.by_main(lambda: self.asked.judge(exchanges))
 
 
 def in_turn(prompts: Mapping[str, Sequence[Prompt]], count: int) -> list[Prompt]:

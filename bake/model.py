@@ -329,7 +329,7 @@ class LiveModel:
             for row, ids in zip(batch.rows, found["written"].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
                 answers[row] = ids[:stop]
-        return self.work.merged(answers)
+        return [answers[row] for row in sorted(answers)]
 
     def sample(self, starts: Tensor, tokens: int) -> list[list[int]]:
         """Texts of exactly `tokens` tokens behind `starts` [n, length], drawn at temperature 1.

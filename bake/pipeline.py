@@ -1,12 +1,14 @@
 """From a recipe to a published folder: plan, fit, write, verify, judge, publish."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bake.errors import CheckpointError, GuardError
+from bake.export.conversion import Reference
 from bake.export.same_model import check_same_model
 from bake.fit.run import Fitted, fit, needs_prompts
 from bake.journal import Journal
@@ -24,13 +26,13 @@ from bake.prepare import (
     saved_form,
 )
 from bake.progress import progress
-from bake.recipe import LoadedRecipe
+from bake.recipe import LoadedRecipe, Recipe
 from bake.record import record
 from bake.report import guard_breaches, table
 from bake.saved_plan import SavedPlan
 from bake.staging import aside_of, check_output, staged
-from bake.work import Work
-from bake.writing import converted, edits_of, reference_of, road_of, write_all
+from bake.work import ALONE, Work
+from bake.writing import Written, converted, edits_of, reference_of, road_of, write_all
 
 __all__ = ["bake"]
 
@@ -49,57 +51,89 @@ def bake(
     converter is taken (`find_converter`). `show` receives the table of results, also when the
     guard then refuses them.
     Raises a BakeError of the kind that says what failed: the input, the guard or
-    the verification. Nothing is left behind then.
+    the verification. Nothing is left behind then. The processes of `accelerate launch` share
+    the work, and one of them shows and publishes.
     """
     recipe = loaded.recipe
-    check_output(recipe.folder, overwrite)
+    work = Work.launched()
     torch.manual_seed(recipe.seed)
-    ready = prepare(recipe)
+    with work.main_first():
+        if work.main:
+            check_output(recipe.folder, overwrite)
+        ready = prepare(recipe)
+        if work.main:
+            _check(loaded, ready, planned)
+    road = road_of(ready, llama_cpp) if work.main else None
+    judge = find_judge(recipe.judge)
+    with (
+        _staged(work, recipe, overwrite) as staging,
+        aside_of(staging) if work.main else nullcontext(staging) as aside,
+    ):
+        stamps, hashes = base_stamps(ready), base_hashes(ready, work)
+        journal = Journal.of(run_of(ready, hashes))
+        reference = reference_of(ready, road, aside) if road else None
+        model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
+        model = replace(model, work=replace(work, journal=journal))
+        fitted = _fit(ready, model, judge)
+        # Machines of several kinds may round differently: what is written is of one.
+        edits = work.by_main(lambda: edits_of(ready, fitted))
+        written = write_all(loaded, ready, model, fitted, edits, staging, aside)
+        if road and reference:
+            alone = replace(model, work=ALONE)
+            written = converted(
+                *(loaded, ready, road, reference, alone, fitted, edits, written, staging, aside)
+            )
+        artefacts = work.by_main(lambda: _artefacts(ready, written, reference, staging))
+        prompts = ready.part("test", recipe.evaluate.limit)
+        measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)
+        if work.main:
+            show(table(measured))
+            broken = guard_breaches(recipe, measured)
+            if broken:
+                raise GuardError("\n".join(broken))
+            now = base_stamps(ready)
+            for path, stamp in stamps.items():
+                if now.get(path) != stamp:
+                    raise CheckpointError(f"{path}: changed while it was baked; bake it again")
+            record(loaded, ready, model, hashes, fitted, written, measured, staging)
+    work.wait()
+    journal.remove()
+    return recipe.folder
+
+
+def _check(loaded: LoadedRecipe, ready: Prepared, planned: SavedPlan | None) -> None:
+    """Refuse what can be refused before anything is written."""
     if planned:
         planned.check(saved_form(loaded, ready))
     if ready.gguf:
         check_same_model(ready.gguf, ready.base, ready.arch)
     check_space(ready)
-    road = road_of(ready, llama_cpp)
-    judge = find_judge(recipe.judge)
-    with (
-        staged(recipe.folder, overwrite, recipe.export.safetensors) as staging,
-        aside_of(staging) as aside,
-    ):
-        stamps, hashes = base_stamps(ready), base_hashes(ready)
-        journal = Journal.of(run_of(ready, hashes))
-        reference = reference_of(ready, road, aside) if road else None
-        model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
-        fitted = _fit(ready, replace(model, work=Work(journal=journal)), judge)
-        edits = edits_of(ready, fitted)
-        written = write_all(loaded, ready, model, fitted, edits, staging, aside)
-        if road and reference:
-            written = converted(
-                *(loaded, ready, road, reference, model, fitted, edits, written, staging, aside)
-            )
-        base_gguf = reference.file if reference else ready.gguf
-        artefacts = Artefacts(
-            ready.base.folder,
-            staging if recipe.export.safetensors else None,
-            base_gguf.path if base_gguf else None,
-            staging / written.gguf if written.gguf else None,
-            staging / written.lora if written.lora else None,
-            tuple(ready.arch.gguf_name(ready.plan.name(edit.tensor)) for edit in ready.plan.edits),
-            written.exact,
-        )
-        prompts = ready.part("test", recipe.evaluate.limit)
-        measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)
-        show(table(measured))
-        broken = guard_breaches(recipe, measured)
-        if broken:
-            raise GuardError("\n".join(broken))
-        now = base_stamps(ready)
-        for path, stamp in stamps.items():
-            if now.get(path) != stamp:
-                raise CheckpointError(f"{path}: changed while it was baked; bake it again")
-        record(loaded, ready, model, hashes, fitted, written, measured, staging)
-    journal.remove()
-    return recipe.folder
+
+
+@contextmanager
+def _staged(work: Work, recipe: Recipe, overwrite: bool) -> Iterator[Path]:
+    """The folder that all processes write into; one makes it, and publishes it in the end."""
+    if not work.main:
+        yield work.by_main(Path)
+        return
+    with staged(recipe.folder, overwrite, recipe.export.safetensors) as staging:
+        yield work.by_main(lambda: staging)
+
+
+def _artefacts(
+    ready: Prepared, written: Written, reference: Reference | None, staging: Path
+) -> Artefacts:
+    """What is measured, of what was written."""
+    base_gguf = reference.file if reference else ready.gguf
+    return Artefacts(
+        ready.base.folder,
+        staging if ready.recipe.export.safetensors else None,
+        base_gguf.path if base_gguf else None,
+        staging / written.gguf if written.gguf else None,
+        staging / written.lora if written.lora else None,
+        tuple(ready.arch.gguf_name(ready.plan.name(edit.tensor)) for edit in ready.plan.edits),
+        written.exact,
+    )
 
 
 def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
@@ -110,7 +144,7 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     concepts = ready.concept_prompts
     total = 2 * sum(map(len, prompts.values())) + count + sum(map(len, concepts.values()))
     shown = needs_prompts(plan, recipe, ready.directions)
-    with progress("fit", total, shown) as update:
+    with progress("fit", total, shown and model.work.main) as update:
         return fit(
             *(model, ready.base, plan, recipe, prompts, ready.texts, judge, update),
             directions=ready.directions,

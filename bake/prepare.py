@@ -21,6 +21,7 @@ from bake.saved_plan import snapshot
 from bake.source import Source, find_source
 from bake.staging import already_there
 from bake.stream import written_sizes
+from bake.work import ALONE, Work
 
 __all__ = [
     "Prepared",
@@ -140,9 +141,12 @@ def base_files(ready: Prepared) -> list[Path]:
     return [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
 
 
-def base_hashes(ready: Prepared) -> dict[str, str]:
-    """The SHA-256 of every file of the base."""
-    return {path.name: digest for path, digest in file_hashes(base_files(ready)).items()}
+def base_hashes(ready: Prepared, work: Work = ALONE) -> dict[str, str]:
+    """The SHA-256 of every file of the base; the processes of `work` share the files."""
+    files = base_files(ready)
+    own = {path.name: digest for path, digest in file_hashes(work.own(files)).items()}
+    every = {name: digest for found in work.gathered(own) for name, digest in found.items()}
+    return {path.name: every[path.name] for path in files}
 
 
 def base_stamps(ready: Prepared) -> dict[Path, tuple[int, int]]:

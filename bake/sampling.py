@@ -74,7 +74,7 @@ def sampled_answers(
         rows = zip(parts["ids"].tolist(), parts["logs"].tolist(), strict=True)
         for row in batch.rows:
             found[row] = [_ended(*next(rows), ends) for _ in range(samples)]
-    return model.work.merged(found)
+    return [found[row] for row in sorted(found)]
 
 
 def _ended(ids: list[int], logs: list[float], ends: set[int]) -> Sampled:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from bake.errors import OutputError
+from bake.errors import LaunchError, OutputError
 
 __all__ = [
     "already_there",
@@ -48,9 +48,10 @@ def staged(folder: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
 
     It lies in the sibling `.NAME.bake`, which is locked: another process that asks for the same
     folder is refused. When the body raises, all of it is removed and `folder` is as it was. After
-    an end without a word (SIGKILL, a loss of power) it stays; the next call removes what is in it,
-    but where that is `resumable` and has a `journal_of` what was written. With `overwrite` the old
-    folder is moved aside first and removed last.
+    an end without a word (SIGKILL, a loss of power) it stays, and when another process of the
+    launch has ended; the next call removes what is in it, but where that is `resumable` and has
+    a `journal_of` what was written. With `overwrite` the old folder is moved aside first and
+    removed last.
     """
     check_output(folder, overwrite)
     with _mapped(folder, FULL), _locked(folder) as place:
@@ -170,15 +171,20 @@ def _locked(folder: Path) -> Iterator[Path]:
         lock = _lock(place, folder)
     try:
         for path in place.iterdir():
-            if path.name not in (FILES, JOURNAL, OLD, ASIDE):
+            if path.name.partition(".")[0] not in (FILES, JOURNAL, OLD, ASIDE):
                 raise OutputError(f"{path}: is not of bake; move it away")
+        lost = False
         try:
             yield place
+        except LaunchError:
+            lost = True
+            raise
         finally:
             with suppress(OSError):
                 _restore(place, folder)
-                _empty(place)
-                place.rmdir()
+                if not lost:
+                    _empty(place)
+                    place.rmdir()
     finally:
         os.close(lock)
 

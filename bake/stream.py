@@ -30,7 +30,8 @@ from bake.checkpoint import DTYPES, EDITABLE, INDEX, Checkpoint, Shard, TensorIn
 from bake.copying import ALIGNED, Span, copy_span, pieces
 from bake.edits import Change, CreatedTensor, Edit, composed
 from bake.errors import CheckpointError, OutputError
-from bake.written import Written
+from bake.work import ALONE, Work
+from bake.written import Written, left
 
 __all__ = ["write_checkpoint", "write_config", "written_sizes"]
 
@@ -46,6 +47,7 @@ def write_checkpoint(
     progress: Callable[[int], None] = lambda _: None,
     renamed: Mapping[str, str] = MappingProxyType({}),
     journal: Path | None = None,
+    work: Work = ALONE,
 ) -> None:
     """Write the edited checkpoint into the empty `folder`.
 
@@ -54,6 +56,7 @@ def write_checkpoint(
     `renamed` has the names that are written where they are others than these. With a `journal`,
     which is a file, the folder may have what an earlier call wrote before it was killed: what is
     whole of it stays where the call was the same, all else goes. All of it is on disk in the end.
+    The processes of `work` share the tensors and ranges, in a folder that all of them see.
     Raises CheckpointError for an edit of a tensor that is missing or of a type that cannot be
     edited, and OutputError when the disk is full or not writable.
     """
@@ -67,23 +70,22 @@ def write_checkpoint(
         for shard in base.shards
     ]
     try:
+        run = _run(base, files, edits, created, config) if journal else ""
+        parts = work.by_main(lambda: _begun(files, folder, journal, run))
+        _check_shared(files, work)
         with ExitStack() as stack:
             written = None
             if journal:
-                run = _run(base, files, edits, created, config)
-                written = stack.enter_context(Written(journal, run))
-                keep = {one.path for one in files} if written.resumed else set()
-                written.forget(one.path.name for one in files if not one.path.exists())
-                for path in set(folder.iterdir()) - keep:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                own = journal if work.main else journal.with_name(f"{journal.name}.{work.rank}")
+                written = stack.enter_context(Written(own, run, parts))
             lock = Lock()
 
             def done(count: int) -> None:
                 with lock:
                     progress(count)
 
-            _write_files(files, edits, done, written)
-        for path in base.sidecars():
+            _write_files(files, edits, done, written, work)
+        for path in base.sidecars() if work.main else ():
             target = folder / path.name
             if path.name == "config.json" and config:
                 write_config(path, config, target)
@@ -91,6 +93,7 @@ def write_checkpoint(
                 _write_index(path, created, edits, renamed, base, target)
             else:
                 shutil.copyfile(path, target)
+        work.wait()
     except OSError as error:
         raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
 
@@ -170,18 +173,48 @@ def _laid(
     return _File(target, shard.file, header, offset, tuple(copied), tuple(edited))
 
 
+def _begun(
+    files: Sequence[_File], folder: Path, journal: Path | None, run: str
+) -> Mapping[str, int | None]:
+    """All files with their headers, at their full size, and nothing else in the folder.
+
+    Returns the parts that are written already.
+    """
+    parts = left(journal, run, lambda name: (folder / name).exists()) if journal else None
+    if journal:
+        # First of all: it says no longer what is now removed.
+        with Written(journal, run, parts or {}):
+            keep = set() if parts is None else {one.path for one in files}
+        for path in set(folder.iterdir()) - keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for file in files:
+        with opened(file.path, os.O_RDWR | os.O_CREAT) as target:
+            _write_at(target, memoryview(file.header), 0)
+            os.ftruncate(target, file.size)
+    return parts or {}
+
+
+def _check_shared(files: Iterable[_File], work: Work) -> None:
+    """Refuse a folder in which this process does not see what the main one has made."""
+    for file in files if not work.main else ():
+        if not file.path.exists() or file.path.stat().st_size != file.size:
+            raise OutputError(
+                f"{file.path}: is made by another process and not seen by this one; give an "
+                "--output that all machines of the launch share"
+            )
+
+
 def _write_files(
     files: Sequence[_File],
     edits: Mapping[str, Sequence[Edit]],
     progress: Callable[[int], None],
     written: Written | None,
+    work: Work,
 ) -> None:
-    """Write all files but what is written already: one thread copies while others edit."""
-    for file in files:
-        with opened(file.path, os.O_RDWR | os.O_CREAT) as target:
-            _write_at(target, memoryview(file.header), 0)
-            os.ftruncate(target, file.size)
-    copies = _Copies((one for file in files for one in file.copied), written, progress)
+    """Write what is this process's and not written already: one thread copies, others edit."""
+    every = (piece for file in files for span in file.copied for piece in pieces(span))
+    copies = _Copies(work.own(every), written, progress)
+    own = set(work.own(entry.name for file in files for entry, _ in file.edited))
     with workers() as pool:
         copying = [pool.pool.submit(copies.work)]
         for file in files:
@@ -191,6 +224,8 @@ def _write_files(
                 _ended(pool, copies),
             ):
                 for entry, offset in file.edited:
+                    if entry.name not in own:
+                        continue
                     place = _Place(file.path.name, target, offset)
                     changes = edits.get(entry.name, ())
                     _edit(pool, entry, changes, source, place, progress, written)
@@ -320,7 +355,7 @@ class _Copies:
     def __init__(
         self, spans: Iterable[Span], written: Written | None, progress: Callable[[int], None]
     ) -> None:
-        self._left = deque(piece for span in spans for piece in pieces(span))
+        self._left = deque(spans)
         self._written, self._progress = written, progress
 
     def work(self) -> None:

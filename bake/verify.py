@@ -13,6 +13,7 @@ from bake.blocks import Matrix, Workers, matrices, opened, source_of, workers
 from bake.checkpoint import DTYPES, Checkpoint, TensorInfo
 from bake.edits import Change, CreatedTensor, Edit, First, composed, square, worst
 from bake.errors import VerificationError
+from bake.work import ALONE, Work
 
 __all__ = ["Divergence", "check_files", "divergence"]
 
@@ -49,6 +50,19 @@ class Divergence:
         self.largest_effect = max(self.largest_effect, float((base - hooked).abs().max()))
         self.positions += len(hooked)
 
+    def as_tensor(self) -> Tensor:
+        """The sums and maxima [5], float64."""
+        return torch.tensor(list(vars(self).values()), dtype=torch.float64)
+
+    def join(self, other: Tensor) -> None:
+        """Take in what another one has, as `as_tensor` gives it."""
+        lost, effect, largest, largest_effect, positions = other.tolist()
+        self.lost += lost
+        self.effect += effect
+        self.largest = max(self.largest, largest)
+        self.largest_effect = max(self.largest_effect, largest_effect)
+        self.positions += int(positions)
+
 
 def divergence(reference: Tensor, other: Tensor) -> Tensor:
     """KL(reference‖other) in nats at each of n positions, from logits [n, vocabulary]."""
@@ -63,14 +77,15 @@ def check_files(
     edits: Mapping[str, Sequence[Edit]],
     created: Iterable[CreatedTensor],
     renamed: Mapping[str, str] = MappingProxyType({}),
+    work: Work = ALONE,
 ) -> dict[str, float]:
     """Compare a written checkpoint with its base, tensor by tensor.
 
     Untouched tensors must be equal to the bit, and in FP8 what belongs to them too, created
     ones what they were made of but for their edits, and every edit's own invariant must hold
     within the rounding of the written type. `renamed` has the names that were written where
-    they are others. Returns each edited tensor's residual, by the name written. Raises
-    VerificationError.
+    they are others. The processes of `work` share the tensors. Returns each edited tensor's
+    residual, by the name written. Raises VerificationError.
     """
     new = {tensor.name: tensor for tensor in created}
     planned = {renamed.get(name, name): name for name in (*base.tensors, *new)}
@@ -81,8 +96,11 @@ def check_files(
         )
     residuals = {}
     same: list[tuple[TensorInfo, TensorInfo]] = []
+    edited = [name for name in written.tensors if planned[name] in edits]
+    others = [name for name in written.tensors if planned[name] not in edits]
     with workers() as pool:
-        for name, info in written.tensors.items():
+        for name in (*work.own(edited), *work.own(others)):
+            info = written.tensors[name]
             old = planned[name]
             if old in edits:
                 residuals[name] = _edited(pool, info, edits[old], new.get(old) or base.find(old))
@@ -96,7 +114,8 @@ def check_files(
                 raise VerificationError(
                     f"{info.file}: {info.name} differs from the base and was not edited"
                 )
-    return residuals
+    every = {name: one for found in work.gathered(residuals) for name, one in found.items()}
+    return {name: every[name] for name in edited}
 
 
 def _edited(

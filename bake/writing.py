@@ -32,6 +32,7 @@ from bake.recipe import LoadedRecipe
 from bake.staging import journal_of
 from bake.stream import write_checkpoint
 from bake.verify import check_files
+from bake.work import ALONE, Work
 
 __all__ = ["Written", "converted", "edits_of", "reference_of", "road_of", "write_all"]
 
@@ -80,11 +81,29 @@ def write_all(
 ) -> Written:
     """Write the checkpoint and what is made of the base; read it back: the rest is as it was.
 
-    `aside` is a folder for the file that the GGUF is compared with.
+    The model's processes share the checkpoint's tensors; one makes the rest. `aside` is a folder
+    for the file that the GGUF is compared with.
     """
     residuals: dict[str, float] = {}
     if ready.recipe.export.safetensors:
-        residuals = _write_safetensors(ready, edits, staging, journal_of(staging))
+        residuals = _write_safetensors(ready, edits, staging, journal_of(staging), model.work)
+    alone = replace(model, work=ALONE)
+    return model.work.by_main(
+        lambda: _write_beside(loaded, ready, alone, fitted, edits, staging, aside, residuals)
+    )
+
+
+def _write_beside(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    model: LiveModel,
+    fitted: Fitted,
+    edits: Mapping[str, Sequence[Edit]],
+    staging: Path,
+    aside: Path,
+    residuals: Mapping[str, float],
+) -> Written:
+    """Write vectors, the patched GGUF and its LoRA."""
     _write_vectors(ready, fitted, edits, staging)
     export = ready.recipe.export.gguf
     if ready.gguf is None or export is None or export.convert:
@@ -111,16 +130,18 @@ def _write_safetensors(
     edits: Mapping[str, Sequence[Edit]],
     folder: Path,
     journal: Path | None = None,
+    work: Work = ALONE,
 ) -> dict[str, float]:
     plan, base = ready.plan, ready.base
     size = sum(info.stop - info.start for info in base.tensors.values())
-    with progress("safetensors", size) as update:
+    with progress("safetensors", size // work.size, work.main) as update:
         write_checkpoint(
             *(base, edits, plan.created, plan.config, folder, update),
             renamed=plan.renamed,
             journal=journal,
+            work=work,
         )
-    return check_files(base, Checkpoint.open(folder), edits, plan.created, plan.renamed)
+    return check_files(base, Checkpoint.open(folder), edits, plan.created, plan.renamed, work)
 
 
 def road_of(ready: Prepared, llama_cpp: Path | None) -> Road | None:

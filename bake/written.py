@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
-__all__ = ["Written"]
+__all__ = ["Written", "left"]
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -20,24 +20,15 @@ class Written:
 
     The first line has a hash of all that decides the bytes, `run`, and the boot of the machine:
     what a process wrote before it was killed is still there, but not after a loss of power, and
-    then a part counts whose bytes are as its line has them. One without a CRC does not.
+    then a part counts whose bytes are as its line has them. One without a CRC does not. `parts` are
+    those that an earlier run wrote; each process that writes has a file of its own.
     """
 
     path: Path
     run: str
-    parts: dict[str, int | None] = field(default_factory=dict)
-    resumed: bool = False
+    parts: Mapping[str, int | None]
 
     def __enter__(self) -> "Written":
-        lines = _lines(self.path)
-        self.resumed = bool(lines) and lines[0].get("run") == self.run
-        if self.resumed:
-            boot = _boot()
-            same = boot is not None and lines[0].get("boot") == boot
-            for line in lines[1:]:
-                match line:
-                    case {"part": str(part), "crc": int() | None as crc} if same or crc is not None:
-                        self.parts[part] = crc
         self._lock = Lock()
         # Anew, since the last line may be half written.
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -55,15 +46,33 @@ class Written:
         """A part is written."""
         self._append({"part": part, "crc": crc})
 
-    def forget(self, files: Iterable[str]) -> None:
-        """Take nothing for written of files that are gone: `part` begins with a file's name."""
-        for gone in set(files):
-            for part in [part for part in self.parts if part.rpartition(":")[0] == gone]:
-                del self.parts[part]
-
     def _append(self, line: Mapping[str, object]) -> None:
         with self._lock:
             os.write(self._file, json.dumps(line).encode() + b"\n")
+
+
+def left(path: Path, run: str, there: Callable[[str], bool]) -> dict[str, int | None] | None:
+    """The parts that the processes of a run wrote before it was killed; None after another run.
+
+    Of a file that is not `there` nothing is: a part's name begins with its file's. The journals
+    of the processes beside the main one are removed.
+    """
+    parts: dict[str, int | None] = {}
+    boot, resumed = _boot(), False
+    for file in (path, *sorted(path.parent.glob(f"{path.name}.*"))):
+        begin, *lines = _lines(file) or [{}]
+        if begin.get("run") == run:
+            resumed |= file == path
+            same = boot is not None and begin.get("boot") == boot
+            for line in lines:
+                match line:
+                    case {"part": str(part), "crc": int() | None as crc} if same or crc is not None:
+                        parts[part] = crc
+        if file != path:
+            file.unlink()
+    if not resumed:
+        return None
+    return {part: crc for part, crc in parts.items() if there(part.rpartition(":")[0])}
 
 
 def _lines(path: Path) -> list[dict[str, object]]:

@@ -19,12 +19,13 @@ from bake.activations import Moments
 from bake.archs import ARCHS
 from bake.commands import main
 from bake.directions import Directions, load_directions
-from bake.errors import FitError
+from bake.errors import InputError, LaunchError
 from bake.fitting import fit_to_file
 from bake.journal import Journal
 from bake.model import LiveModel
 from bake.recipe import load_recipe
 from bake.work import Work
+from tests.launched import launch
 from tests.test_judges import Answer, Script, reply
 from tests.tiny import write_tiny
 
@@ -47,11 +48,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with sets of 146 prompts, 80 of them to fit on."""
     folder: Path = tmp_path_factory.mktemp("place")
     write_tiny("llama", folder / "model")
+    write_sets(folder)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def write_sets(folder: Path) -> None:
+    """146 prompts a role, whose first word says which one it is."""
     for number, role in enumerate(ROLES):
         lines = [f"w{number} w{i % 73} w{(i * i + number) % 91} w{i // 73}" for i in range(146)]
         (folder / f"{role}.txt").write_text("\n".join(lines))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
 
 
 def by_first_word(number: int, body: dict[str, object]) -> Answer:
@@ -308,25 +314,10 @@ def test_hooked_answers_are_never_remembered(judge: Script, tmp_path: Path) -> N
 
 
 def launched(judge: Script, output: Path, *overrides: str, dies: str = "") -> tuple[int, str, str]:
-    """`accelerate launch` with two processes on the processor."""
-    options = [f"judge.url={judge.url}", *overrides]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += [
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    command += ["--main_process_port", "0", "-m", "tests.launched" if dies else "bake"]
-    command += ["fit", "--recipe", "recipe.yaml", "--output", str(output)]
-    command += [word for one in options for word in ("--set", one)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "DIES": dies}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout, done.stderr
+    """`bake fit` in two processes."""
+    options = [word for one in (f"judge.url={judge.url}", *overrides) for word in ("--set", one)]
+    arguments = ("fit", "--recipe", "recipe.yaml", "--output", str(output), *options)
+    return launch(2, *arguments, dies=dies)
 
 
 @pytest.mark.slow
@@ -344,6 +335,7 @@ def test_two_processes_equal_one(judge: Script, tmp_path: Path, estimator: str) 
     assert err.count("fit ...") == 1
     assert len(judge.asked) == 2 * asked
     two = load_directions(output)
+    # Each of two has a thread, the one has several: elsewhere equal to the bit (test_launch.py).
     gap = (two.vectors[1] - one.vectors[1]).norm() / one.vectors[1].norm()
     assert float(gap) < 1e-6
     assert two.figures[1] == pytest.approx(one.figures[1], abs=1e-6)
@@ -365,22 +357,29 @@ def test_a_process_that_fails_ends_all_of_them(judge: Script, tmp_path: Path, di
 
 
 def test_a_process_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(_: object) -> object:
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:43210")
+    def gone(*_: object) -> object:
+        raise RuntimeError(said)
 
+    said = "Connection closed by peer [127.0.0.1]:43210"
     monkeypatch.setattr("accelerate.utils.gather_object", gone)
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", gone)
     work = Work(rank=1, size=2)
-    for together in (
-        lambda: work.merged({1: "a"}),
-        lambda: work.summed([torch.ones(3)]),
-        lambda: work.by_main(lambda: 1),
-    ):
-        with pytest.raises(FitError, match="another process of this launch has ended; its own"):
+    for together in (work.wait, lambda: work.by_main(lambda: 1)):
+        with pytest.raises(LaunchError, match="another process of this launch has ended; its own"):
             together()
+    said = "Timed out waiting 60000ms for recv operation to complete"
+    monkeypatch.setenv("BAKE_PATIENCE", "1")
+    with pytest.raises(LaunchError, match="no word from another process of this launch for 0:01"):
+        work.wait()
 
 
-def test_only_a_fit_takes_several_processes(
+def test_patience_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAKE_PATIENCE", "an hour")
+    with pytest.raises(InputError, match="BAKE_PATIENCE: expected whole minutes, found 'an hour'"):
+        Work.launched()
+
+
+def test_not_everything_takes_several_processes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -388,4 +387,4 @@ def test_only_a_fit_takes_several_processes(
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    assert "several processes are for `bake fit`" in capsys.readouterr().err
+    assert "several processes are for bakes" in capsys.readouterr().err

@@ -122,6 +122,5 @@ class FirstToken:
 
         with steering():
             found = self._model.work.results(self._batches(prompts), steered, lambda _: key)
-            parts = [one["sum"].double() for _, one in found]
-        (total,) = self._model.work.summed([sum(parts, torch.zeros((), dtype=torch.float64))])
-        return float(total) / len(prompts)
+            total = sum(float(one["sum"]) for _, one in found)
+        return total / len(prompts)

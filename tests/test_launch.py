@@ -1,0 +1,83 @@
+"""A whole bake in several processes: the bytes of one, whichever is killed."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launched import launch
+from tests.test_fit_run import ROLES, judge, write_sets  # noqa: F401
+from tests.test_judges import Script
+from tests.tiny import write_tiny
+
+RECIPE = """\
+model: model
+prompts: {target: target.txt, protected: protected.txt, lookalike: null, general: general.txt}
+edits:
+  - {op: gate, layers: 1-2, strength: -0.5}
+  - {op: ablate, layers: 0-2, strength: 0.5}
+fit: {prompts_per_class: 24}
+judge: {kind: chat, model: any, url: "http://nowhere/v1"}
+verify: {prompts: 8}
+evaluate: {runtimes: [transformers], answer_tokens: 3, limit: 9, batch: 4}
+guard: {protected_drop: 100, lookalike_rise: 100, general_rise: 100}
+runtimes: [transformers]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in several shards, with sets of prompts."""
+    folder: Path = tmp_path_factory.mktemp("place")
+    write_tiny("llama", folder / "model", shard="20KB")
+    write_sets(folder)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def baked(judge: Script, name: str, processes: int, dies: str = "") -> tuple[int, str, str]:  # noqa: F811
+    """A bake into `out`, which is then called by its name, with a cache of its own."""
+    options = ("--recipe", "recipe.yaml", "--output", "out", "--set", f"judge.url={judge.url}")
+    cache = str(Path("cache", name).absolute())
+    found = launch(processes, *options, dies=dies, BAKE_CACHE=cache, OMP_NUM_THREADS="1")
+    if found[0] == 0:
+        Path("out").rename(name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_processes_give_the_bytes_of_one(judge: Script) -> None:  # noqa: F811
+    """Unbroken, and after the second was killed while it measured, and while it wrote."""
+    code, out, err = baked(judge, "one", 1)
+    assert code == 0, err
+    whole = contents(Path("one"))
+    assert len([name for name in whole if name.endswith(".safetensors")]) > 4
+    code, out, err = baked(judge, "four", 4)
+    assert code == 0, err
+    assert out.count("written: out") == 1
+    assert err.count("fit ...") == 1
+    assert contents(Path("four")) == whole
+    for dies in ("kill", "write"):
+        code, out, err = baked(judge, dies, 4, dies)
+        assert code != 0
+        assert "written" not in out
+        assert not Path("out").exists()
+        assert Path(".out.bake", "journal.1").exists() == (dies == "write")
+        code, out, err = baked(judge, dies, 4)
+        assert code == 0, err
+        assert contents(Path(dies)) == whole
+        assert not Path(".out.bake").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_said_once(judge: Script) -> None:  # noqa: F811
+    Path("out").mkdir()
+    code, _, err = baked(judge, "none", 2)
+    Path("out").rmdir()
+    assert code != 0
+    assert err.count("bake: out: exists already") == 1
