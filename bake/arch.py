@@ -290,9 +290,10 @@ class Arch:
         """By layer, every writer that a checkpoint with these tensors has, attention first."""
         known = frozenset(names)
         found: dict[int, list[Written]] = {}
-        places = {name: self._inside(name) for name in known}
-        weights = [name for name, (_, inside) in places.items() if inside in self._weights]
-        for name in sorted(weights, key=_natural):
+        # Most names of the largest checkpoints are seen not to be a writer's by their end.
+        likely = {name: self._inside(name) for name in known if name.endswith(self._ends)}
+        places = {name: one for name, one in likely.items() if one[1] in self._weights}
+        for name in sorted(places, key=_natural):
             layer, inside = places[name]
             branch, writer = self._weights[inside]
             weight, bias = writer.suffixes
@@ -418,6 +419,10 @@ class Arch:
         }
 
     @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple({name.rpartition("}")[2] for name in self._weights})
+
+    @cached_property
     def _inside_names(self) -> frozenset[str]:
         writers = {
             writer.module + suffix
@@ -444,11 +449,10 @@ class Arch:
         found = self._block.fullmatch(tensor)
         if not found:
             return -1, ""
-        inside = found[2]
-        return int(found[1]), _EXPERT.sub("{expert}", inside) if "experts." in inside else inside
-
-
-_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+        before, experts, behind = found[2].partition("experts.")
+        number, dot, rest = behind.partition(".")
+        named = f"{before}{experts}{{expert}}.{rest}" if dot and number.isdecimal() else found[2]
+        return int(found[1]), named
 
 
 def _tensors(modules: Iterable[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
@@ -129,7 +129,7 @@ def source_of(entry: TensorInfo | CreatedTensor, file: int) -> Source:
     if entry.scale is None:
         return _Stored(entry, file)
     scale = scale_by_row(read_tensor(entry.scale), entry.shape, entry.name)
-    return _Scaled(_Stored(replace(entry, dtype=FP8, scale=None), file), scale)
+    return _Scaled(_Stored(entry._replace(dtype=FP8, scale=None), file), scale)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ half precision or in eight bits. Everything else in the block is zero.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log2
 from typing import Final
 
@@ -126,7 +126,7 @@ def _made_dense(
         (block.up, (neurons, width)),
         (branch.writers[0].module, (width, neurons)),
     ):
-        kept[f"{module}.weight"] = replace(like, shape=shape)
+        kept[f"{module}.weight"] = like._replace(shape=shape)
     return kept
 
 
