@@ -27,7 +27,7 @@ from torch import Tensor
 from bake import __version__
 from bake.blocks import Matrix, Workers, matrices, opened, source_of, workers
 from bake.checkpoint import DTYPES, EDITABLE, INDEX, Checkpoint, Shard, TensorInfo, byte_count
-from bake.copying import ALIGNED, Span, copy_span, pieces
+from bake.copying import ALIGNED, Span, begin_to_disk, copy_span, pieces
 from bake.edits import Change, CreatedTensor, Edit, composed
 from bake.errors import CheckpointError, OutputError
 from bake.work import ALONE, Work
@@ -281,6 +281,7 @@ def _edit(
         for data in matrix.each(partial(_write_block, entry, place, matrix, change)):
             crc = zlib.crc32(data, crc) if written else 0
             progress(len(data))
+    begin_to_disk(place.file, place.offset, size)
     if written:
         written.add(part, crc)
 
