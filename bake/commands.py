@@ -79,6 +79,15 @@ def _recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--trust-remote-code",
+        "trusted",
+        is_flag=True,
+        help="Confirm the recipe's trust_remote_code: the tokenizer's own code runs.",
+    )(function)
+
+
 def _llama_cpp_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--llama-cpp",
@@ -91,6 +100,7 @@ def _llama_cpp_option(function: Callable[..., Any]) -> Callable[..., Any]:
 @_recipe_options
 @click.option("--output", metavar="DIR", help="The folder to write.")
 @_llama_cpp_option
+@_trust_option
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 @click.version_option(__version__, prog_name="bake")
 @click.pass_context
@@ -101,6 +111,7 @@ def cli(
     output: str | None,
     overrides: tuple[str, ...],
     llama_cpp: str | None,
+    trusted: bool,
     overwrite: bool,
 ) -> None:
     """Fold steering into the weights of a language model, and prove it.
@@ -113,7 +124,7 @@ def cli(
             "this without launcher"
         )
     if context.invoked_subcommand:
-        if recipe or model or output or overrides or llama_cpp or overwrite:
+        if recipe or model or output or overrides or llama_cpp or trusted or overwrite:
             raise click.UsageError("give the options of a recipe after the subcommand")
         return
     if not recipe:
@@ -127,7 +138,7 @@ def cli(
 
     loaded = load_recipe(recipe, overrides=overrides, model=model, output=output)
     tree = Path(llama_cpp) if llama_cpp else None
-    folder = bake(loaded, overwrite=overwrite, llama_cpp=tree, show=click.echo)
+    folder = bake(loaded, overwrite=overwrite, llama_cpp=tree, trusted=trusted, show=click.echo)
     _say(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
 
 
@@ -173,8 +184,11 @@ def plan_command(
 @click.argument("plan", metavar="PLAN")
 @click.option("--output", metavar="DIR", help="The folder to write.")
 @_llama_cpp_option
+@_trust_option
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
-def apply_command(plan: str, output: str | None, llama_cpp: str | None, overwrite: bool) -> None:
+def apply_command(
+    plan: str, output: str | None, llama_cpp: str | None, trusted: bool, overwrite: bool
+) -> None:
     """Bake a plan that `bake plan --output PLAN` saved, if it still holds."""
     from pathlib import Path
 
@@ -185,7 +199,8 @@ def apply_command(plan: str, output: str | None, llama_cpp: str | None, overwrit
     saved = SavedPlan.open(Path(plan))
     loaded = saved.recipe(output)
     tree = Path(llama_cpp) if llama_cpp else None
-    folder = bake(loaded, overwrite=overwrite, planned=saved, llama_cpp=tree, show=click.echo)
+    bake_planned = partial(bake, planned=saved, llama_cpp=tree, show=click.echo)
+    folder = bake_planned(loaded, overwrite=overwrite, trusted=trusted)
     _say(f"\nwritten: {folder}\n\n{serve_lines(loaded.recipe, folder)}")
 
 
@@ -193,6 +208,7 @@ def apply_command(plan: str, output: str | None, llama_cpp: str | None, overwrit
 @_recipe_options
 @click.option("--output", metavar="FILE", help="The file of directions to write.")
 @click.option("--layers", metavar="LAYERS", help="Other layers than the edits need, as in 8-24.")
+@_trust_option
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def fit_command(
     recipe: str | None,
@@ -200,6 +216,7 @@ def fit_command(
     overrides: tuple[str, ...],
     output: str | None,
     layers: str | None,
+    trusted: bool,
     overwrite: bool,
 ) -> None:
     """Fit a recipe's directions to a file, and print how good each is; nothing is baked."""
@@ -214,7 +231,7 @@ def fit_command(
         raise click.UsageError("--output: directions are written to .safetensors or .gguf")
     chosen = _layers(layers)
     loaded = load_recipe(recipe, overrides=overrides, model=model)
-    fit_to_file(loaded, Path(output), chosen, overwrite, show=click.echo)
+    fit_to_file(loaded, Path(output), chosen, overwrite, show=click.echo, trusted=trusted)
 
 
 @cli.command("select")
@@ -237,6 +254,7 @@ def fit_command(
     show_default=True,
     help="How many of the prompt's last tokens to try.",
 )
+@_trust_option
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def select_command(
     recipe: str | None,
@@ -246,6 +264,7 @@ def select_command(
     layers: str | None,
     sites: tuple[Literal["mid", "out"], ...],
     tokens: int,
+    trusted: bool,
     overwrite: bool,
 ) -> None:
     """Choose a direction's site, layer and token by its figures; no text is written for it."""
@@ -258,7 +277,9 @@ def select_command(
         raise click.UsageError("--recipe and --output are needed")
     chosen = _layers(layers)
     loaded = load_recipe(recipe, overrides=overrides, model=model)
-    select_to_file(loaded, Path(output), chosen, sites, tokens, overwrite, show=click.echo)
+    select_to_file(
+        *(loaded, Path(output), chosen, sites, tokens, overwrite), show=click.echo, trusted=trusted
+    )
 
 
 @cli.group("search", invoke_without_command=True)

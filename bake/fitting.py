@@ -21,7 +21,7 @@ from bake.judge import Judge
 from bake.judge.choice import find_judge
 from bake.model import LiveModel
 from bake.plan import direction_layers
-from bake.prepare import Prepared, base_hashes, prepare, run_of
+from bake.prepare import Prepared, base_hashes, check_trust, loaded_model, prepare, run_of
 from bake.progress import note, progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe
@@ -40,10 +40,12 @@ def fit_to_file(
     layers: Sequence[int] | None = None,
     overwrite: bool = False,
     show: Callable[[str], None] = lambda _: None,
+    trusted: bool = False,
 ) -> Directions:
     """Fit a recipe's directions, and write them with their figures; nothing is baked.
 
-    `layers` are those that the edits need unless others are given, `show` receives the table.
+    `layers` are those that the edits need unless others are given, `show` receives the table, and
+    `trusted` confirms the recipe's trust_remote_code.
     The processes of `accelerate launch` share the prompts, and one of them shows and writes.
     Raises a BakeError as `bake` does; the file appears when all of it is complete. What was
     finished before an end of any kind is kept in the cache folder, and not done again by a fit
@@ -51,6 +53,7 @@ def fit_to_file(
     """
     recipe = loaded.recipe
     check_file(output, overwrite)
+    check_trust(recipe, trusted)
     if output.suffix == ".gguf" and recipe.fit.estimator in SEVERAL and recipe.fit.basis > 1:
         raise DirectionsError(
             f"{output}: a control vector has one direction a layer, and fit.estimator: "
@@ -78,6 +81,7 @@ def select_to_file(
     tokens: int = 1,
     overwrite: bool = False,
     show: Callable[[str], None] = lambda _: None,
+    trusted: bool = False,
 ) -> Candidate | None:
     """Measure a direction at every site, layer and token asked for; write their figures as JSON.
 
@@ -88,6 +92,7 @@ def select_to_file(
     """
     recipe = loaded.recipe
     check_file(output, overwrite)
+    check_trust(recipe, trusted)
     _check_selectable(recipe, sites)
     variants = [
         (site, -1 - back, _measured_at(recipe, site, -1 - back))
@@ -151,8 +156,7 @@ def _begun(recipe: Recipe, layers: Sequence[int] | None, label: str) -> Iterator
     journal = Journal.of(run_of(ready, base_hashes(ready, work)))
     if work.main and journal.finished:
         note(f"{label}: {journal.finished} batches are finished already, in {journal.folder}")
-    model = LiveModel.load(ready.base.folder, ready.arch, system=recipe.system_prompt)
-    model = replace(model, work=replace(work, journal=journal))
+    model = replace(loaded_model(ready), work=replace(work, journal=journal))
     shown = roles_shown(recipe.fit)
     every = ready.part("fit", recipe.fit.prompts_per_class)
     prompts = {role: found for role, found in every.items() if role in shown}

@@ -165,10 +165,11 @@ def _parity(
     exact to first order in the quantisation of the base: what the edits are worth there.
     """
     found: defaultdict[str, Divergence] = defaultdict(Divergence)
-    single = LiveModel.load(artefacts.base, model.arch, torch.float32)
+    load = partial(LiveModel.load, trusted=model.trusted)
+    single = load(artefacts.base, model.arch, torch.float32)
     baked = None
     if artefacts.baked:
-        baked = LiveModel.load(artefacts.baked, model.arch, torch.float32)
+        baked = load(artefacts.baked, model.arch, torch.float32)
 
     def of(batch: Batch) -> dict[str, Tensor]:
         now: defaultdict[str, Divergence] = defaultdict(Divergence)
@@ -242,7 +243,8 @@ def _behaviour(
             )
             baked = model
             if artefacts.baked:
-                baked = replace(LiveModel.load(artefacts.baked, model.arch), work=model.work)
+                baked = LiveModel.load(artefacts.baked, model.arch, trusted=model.trusted)
+                baked = replace(baked, work=model.work)
             with steered(baked, () if artefacts.baked else interventions):
                 after["transformers"] = ask(
                     partial(baked.answer, tokens=tokens, batch_size=size, progress=update), one

@@ -23,7 +23,7 @@ __all__ = ["NO_PREFIX", "Batch", "LiveModel", "Prefix", "batches"]
 
 # Nothing is fetched, and no code that comes with a checkpoint is run, nor anybody asked to let it:
 # without the second, transformers asks on the terminal (dynamic_module_utils.py,
-# `resolve_trust_remote_code`).
+# `resolve_trust_remote_code`). A tokenizer's may be, where `LiveModel.load` is told so.
 OWN: Final[Mapping[str, Any]] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -82,7 +82,8 @@ class Batch:
 class LiveModel:
     """A language model with its tokenizer and its row of the architecture table.
 
-    `work` says which of its batches this process runs, and where their results are kept.
+    `work` says which of its batches this process runs, and where their results are kept; `trusted`
+    whether its tokenizer may be code that comes with it.
     """
 
     model: Any
@@ -90,6 +91,7 @@ class LiveModel:
     arch: Arch
     work: Work = field(default=Work())
     system: str | None = None
+    trusted: bool = False
 
     @classmethod
     def load(
@@ -98,15 +100,17 @@ class LiveModel:
         arch: Arch,
         dtype: torch.dtype | None = None,
         system: str | None = None,
+        trusted: bool = False,
     ) -> "LiveModel":
         """Load a checkpoint folder with stock classes, refusing weights that they ignore.
 
-        `system` is the system's turn in front of every prompt, in place of the template's own.
-        Without a dtype it is the checkpoint's own, or float32 where the processor has
-        no fast arithmetic in that. What does not fit into memory is read from disk in every
-        pass (`placement`). Raises CheckpointError when transformers cannot load
-        it, when tensors of the file find no place in the class, when a wrapper's text
-        model is not of the row's class, or when there is no chat template.
+        The tokenizer may be of another class, whose code comes with it, where it is `trusted`;
+        the model never: bake's table is of the stock ones. `system` is the system's turn in
+        front of every prompt, in place of the template's own. Without a dtype it is the
+        checkpoint's own, or float32 where the processor has no fast arithmetic in that. What does
+        not fit into memory is read from disk in every pass (`placement`). Raises CheckpointError
+        when transformers cannot load it, when tensors of the file find no place in the class,
+        when a wrapper's text model is not of the row's class, or when there is no chat template.
         """
         from transformers import (
             CONFIG_MAPPING,
@@ -137,7 +141,7 @@ class LiveModel:
                 **OWN,
                 **placed,
             )
-            tokenizer = _tokenizer(folder)
+            tokenizer = _tokenizer(folder, trusted)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
@@ -152,7 +156,7 @@ class LiveModel:
                     f"{folder}: transformers reports {kind.replace('_', ' ')}: {names[0]}"
                     + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 )
-        live = cls(model, tokenizer, arch, system=system)
+        live = cls(model, tokenizer, arch, system=system, trusted=trusted)
         decoder = type(live.decoder)
         if decoder is not MODEL_MAPPING.get(CONFIG_MAPPING[arch.model_type], None):
             raise CheckpointError(
@@ -385,11 +389,11 @@ def batches(
         yield Batch(ids, mask, rows, prefix)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, trusted: bool) -> Any:
     """The tokenizer, with the chat template of older processors where it has none itself."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, **OWN)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **{**OWN, "trust_remote_code": trusted})
     beside = folder / "chat_template.json"
     if tokenizer.chat_template is None and beside.exists():
         tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]

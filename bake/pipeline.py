@@ -21,6 +21,8 @@ from bake.prepare import (
     base_hashes,
     base_stamps,
     check_space,
+    check_trust,
+    loaded_model,
     prepare,
     run_of,
     saved_form,
@@ -43,18 +45,20 @@ def bake(
     overwrite: bool = False,
     planned: SavedPlan | None = None,
     llama_cpp: Path | None = None,
+    trusted: bool = False,
     show: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Run a recipe to its end and return the output folder, which appears only then.
 
     `planned` is a saved plan that must be the recipe's still, `llama_cpp` the tree whose
-    converter is taken (`find_converter`). `show` receives the table of results, also when the
-    guard then refuses them.
+    converter is taken (`find_converter`), `trusted` confirms the recipe's trust_remote_code.
+    `show` receives the table of results, also when the guard then refuses them.
     Raises a BakeError of the kind that says what failed: the input, the guard or
     the verification. Nothing is left behind then. The processes of `accelerate launch` share
     the work, and one of them shows and publishes.
     """
     recipe = loaded.recipe
+    check_trust(recipe, trusted)
     work = Work.launched()
     torch.manual_seed(recipe.seed)
     with work.main_first():
@@ -72,8 +76,7 @@ def bake(
         stamps, hashes = base_stamps(ready), base_hashes(ready, work)
         journal = Journal.of(run_of(ready, hashes))
         reference = reference_of(ready, road, aside) if road else None
-        model = LiveModel.load(ready.base.folder, ready.arch, system=ready.recipe.system_prompt)
-        model = replace(model, work=replace(work, journal=journal))
+        model = replace(loaded_model(ready), work=replace(work, journal=journal))
         fitted = _fit(ready, model, judge)
         # Machines of several kinds may round differently: what is written is of one.
         edits = work.by_main(lambda: edits_of(ready, fitted))

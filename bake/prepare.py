@@ -5,14 +5,18 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import torch
+
 from bake.arch import Arch
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions
+from bake.errors import InputError
 from bake.export.adapter import check_adapter
 from bake.gguf_file import GGUFFile
 from bake.journal import hashed
 from bake.manifest import file_hash, file_hashes, versions
+from bake.model import LiveModel
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.preflight import check_room
 from bake.prompts import Prompt, Splits, fingerprint, load_splits
@@ -28,6 +32,8 @@ __all__ = [
     "base_hashes",
     "base_stamps",
     "check_space",
+    "check_trust",
+    "loaded_model",
     "prepare",
     "run_of",
     "saved_form",
@@ -96,6 +102,28 @@ def prepare(recipe: Recipe) -> Prepared:
         *(recipe, source, base, arch, gguf, plan, splits, texts),
         *(directions, directions_hash, concepts),
     )
+
+
+def loaded_model(ready: Prepared, dtype: torch.dtype | None = None) -> LiveModel:
+    """The recipe's model with its system prompt."""
+    recipe = ready.recipe
+    return LiveModel.load(
+        *(ready.base.folder, ready.arch, dtype, recipe.system_prompt, recipe.trust_remote_code)
+    )
+
+
+def check_trust(recipe: Recipe, trusted: bool) -> None:
+    """Refuse code that comes with a model, unless the recipe and whoever runs it have it so."""
+    if recipe.trust_remote_code and not trusted:
+        raise InputError(
+            f"trust_remote_code: true lets Python code run that comes with {recipe.model}; read "
+            "that, and confirm with --trust-remote-code, or leave it out"
+        )
+    if trusted and not recipe.trust_remote_code:
+        raise InputError(
+            "--trust-remote-code: the recipe does not have trust_remote_code: true; add it, or "
+            "leave the option out"
+        )
 
 
 def _splits(source: PromptSource) -> Splits:

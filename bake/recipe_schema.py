@@ -469,6 +469,11 @@ class Recipe(_Section):
     description: str = Field(default="", description="What the recipe is for.")
     model: Text = Field(default="demo", description="`demo`, a local folder, or a Hub id.")
     revision: Text | None = Field(default=None, description="A Hub branch, tag or commit.")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Whether the tokenizer's own Python code, which comes with the model, may run; "
+        "`--trust-remote-code` confirms it on the command line.",
+    )
     output: Text | None = Field(default=None, description="The folder to write; null for the name.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="The seed of everything random.")
     prompts: PromptRoles = Field(default=PromptRoles(), description="The prompt sets, by role.")

@@ -50,7 +50,7 @@ def find_source(recipe: Recipe) -> Source:
     """
     from bake.demo import materialise
 
-    folder = find_folder(recipe.model, recipe.revision)
+    folder = find_folder(recipe.model, recipe.revision, recipe.trust_remote_code)
     base = recipe.export.gguf.base if recipe.export.gguf else None
     if base is None:
         return Source(folder, None)
@@ -69,9 +69,10 @@ def find_source(recipe: Recipe) -> Source:
     return Source(folder, gguf)
 
 
-def find_folder(model: str, revision: str | None = None) -> Path:
+def find_folder(model: str, revision: str | None = None, trusted: bool = False) -> Path:
     """A checkpoint's folder: the demo's, one on disk, or what the Hub has at a revision.
 
+    Where it is `trusted`, the code that comes with it is fetched too.
     Raises CheckpointError where there is none of these.
     """
     from bake.demo import materialise
@@ -85,7 +86,8 @@ def find_folder(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
+        patterns = [*PATTERNS, "*.py"] if trusted else PATTERNS
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

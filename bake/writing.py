@@ -26,7 +26,7 @@ from bake.hooks import edits_by_tensor
 from bake.imatrix import read_importance
 from bake.model import LiveModel
 from bake.ops.add import Add
-from bake.prepare import Prepared
+from bake.prepare import Prepared, loaded_model
 from bake.progress import progress
 from bake.recipe import LoadedRecipe
 from bake.staging import journal_of
@@ -158,7 +158,7 @@ def road_of(ready: Prepared, llama_cpp: Path | None) -> Road | None:
 def reference_of(ready: Prepared, road: Road, aside: Path) -> Reference:
     """The base through the converter: what that refuses is refused before anything is fitted."""
     texts = [one.text for one in ready.texts.fit]
-    model = LiveModel.load(ready.base.folder, ready.arch, torch.float32)
+    model = loaded_model(ready, torch.float32)
     return road.reference(ready.base.folder, model, texts, aside)
 
 
