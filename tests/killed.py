@@ -1,12 +1,13 @@
-"""Bakes that are killed at every call that changes the disk, and begun again.
+"""Bakes that are killed at every call that changes the disk, or find it full, and begun again.
 
-    python -m tests.killed FOLDER [KILLS]
+    python -m tests.killed FOLDER [KILLS] [full]
 
 Each is a fork of this process, which computes nothing itself, so that the fork is clean. A write
-is half done when its process is killed. Printed is JSON: how many calls there were, and what was
-wrong.
+is half done when its process is killed, or when the disk is full. Printed is JSON: how many calls
+there were, and what was wrong.
 """
 
+import errno
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from bake import blocks, copying
 from bake.checkpoint import Checkpoint
 from bake.edits import AddVector, CreatedTensor, LowRank, RemoveKeepingNorms, RemoveSubspace
+from bake.errors import OutputError
 from bake.staging import journal_of, staged
 from bake.stream import write_checkpoint
 from bake.verify import check_files
@@ -31,6 +33,9 @@ CALLS = (
     *("write", "pwrite", "copy_file_range", "ftruncate", "fsync"),
     *("mkdir", "rmdir", "unlink", "replace", "rename", "open"),
 )
+
+
+REFUSED = 7
 
 
 def bases(folder: Path) -> None:
@@ -75,8 +80,8 @@ def bake(base: Path, output: Path, overwrite: bool) -> None:
         (staging / "bake.json").write_text("{}")
 
 
-def killing(name: str, call: Callable[..., Any], counter: list[int], last: int) -> Any:
-    """The call, which kills its process when it is the last one of all."""
+def killing(name: str, call: Callable[..., Any], counter: list[int], last: int, full: bool) -> Any:
+    """The call, which kills its process when it is the last one of all, or finds the disk full."""
 
     def counted(*arguments: Any, **options: Any) -> Any:
         if name == "open" and not arguments[1] & (os.O_CREAT | os.O_TRUNC):
@@ -87,27 +92,36 @@ def killing(name: str, call: Callable[..., Any], counter: list[int], last: int) 
                 call(arguments[0], arguments[1][: len(arguments[1]) // 2], *arguments[2:])
             elif name == "copy_file_range":
                 call(*arguments[:2], arguments[2] // 2, *arguments[3:])
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*arguments, **options)
 
     return counted
 
 
-def forked(base: Path, output: Path, overwrite: bool, last: int, count: Path) -> bool:
-    """A bake in a process of its own, killed at a call; whether it came to its end."""
+def forked(
+    base: Path, output: Path, overwrite: bool, last: int, count: Path, full: bool = False
+) -> bool:
+    """A bake in a process of its own, killed at a call; whether it came to its end.
+
+    Where the disk is full, it may also refuse in a line.
+    """
     child = os.fork()
     if child:
         status = os.waitpid(child, 0)[1]
-        if status not in (0, signal.SIGKILL):
+        if status not in ((0, REFUSED << 8) if full else (0, signal.SIGKILL)):
             raise SystemExit(f"killed at {last}: ended with status {status}")
         return status == 0
     try:
         counter = [0]
         for name in CALLS:
-            setattr(os, name, killing(name, getattr(os, name), counter, last))
+            setattr(os, name, killing(name, getattr(os, name), counter, last, full))
         bake(base, output, overwrite)
         count.write_text(str(counter[0]))
         os._exit(0)
+    except OutputError as error:
+        os._exit(REFUSED if "\n" not in str(error) else 9)
     except BaseException as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         os._exit(9)
@@ -125,6 +139,7 @@ def main() -> None:
     forked(base, place / "whole", False, 0, count)
     whole, calls, wrong = contents(place / "whole"), int(count.read_text()), []
     chosen = list(range(1, calls + 1))
+    full = sys.argv[3:] == ["full"]
     if len(sys.argv) > 2:
         chosen = random.Random(0).choices(chosen, k=int(sys.argv[2]))
     resumed = 0
@@ -137,13 +152,15 @@ def main() -> None:
             output.mkdir()
             (output / "old").write_bytes(old["old"])
         for again in (last, max(1, last // 3)):
-            ended = forked(base, output, overwrite, again, count)
+            ended = forked(base, output, overwrite, again, count, full)
             there = contents(output) if output.exists() else None
             moved = folder / ".out.bake" / "old"
             if there not in (whole, old) and not (there is None and moved.exists()):
                 wrong.append(f"killed at {last}: the output is neither there nor not")
             if there == whole and not ended:
                 break
+            if full and not ended and there != old:
+                wrong.append(f"full at {last}: the output is not as it was")
         journal = folder / ".out.bake" / "journal"
         resumed += journal.exists() and len(journal.read_text().splitlines()) > 3
         if not forked(base, output, overwrite or output.exists(), 0, count):

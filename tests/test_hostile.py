@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,17 @@ def test_a_hostile_folder_is_read_or_refused(tmp_path: Path, examples: int) -> N
     one()
     assert {True, False} <= set(found)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_atheris_finds_nothing_either(tmp_path: Path) -> None:
+    """20,000 inputs that go by the lines they reach; the process ends with the first that fails."""
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "tests.fuzzed", str(tmp_path), "-runs=20000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done 20000 runs" in done.stderr
 
 
 def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:

@@ -30,6 +30,15 @@ def test_a_killed_bake_leaves_no_part_and_ends_as_an_unbroken_one(
     assert found["resumed"] > found["kills"] // 4
 
 
+@pytest.mark.parametrize("faults", ["16", pytest.param("200", marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_line_whatever_finds_it(tmp_path: Path, faults: str) -> None:
+    """At calls drawn as above: the output is as it was, and then as of an unbroken bake."""
+    command = [sys.executable, "-m", "tests.killed", str(tmp_path), faults, "full"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["wrong"] == []
+
+
 RECIPE = """\
 model: model
 directions: directions.safetensors
