@@ -45,7 +45,7 @@ def copy_span(span: Span) -> None:
 
     By copy_file_range, which shares the blocks where the file system can (Btrfs, XFS; Linux'
     fs/read_write.c, `vfs_copy_file_range`), else by sendfile, else through a buffer. Raises
-    CheckpointError where the source is too short, and OSError.
+    CheckpointError where the source is too short or cannot be read, and OSError of the target.
     """
     with span.source.open("rb") as source, span.target.open("r+b", buffering=0) as target:
         done = 0
@@ -59,7 +59,10 @@ def copy_span(span: Span) -> None:
         target.seek(span.offset + done)
         source.seek(span.start + done)
         while done < span.length:
-            data = source.read(min(BUFFER, span.length - done))
+            try:
+                data = source.read(min(BUFFER, span.length - done))
+            except OSError as error:
+                raise CheckpointError(f"{span.source}: {error.strerror}; check the disk") from error
             if not data:
                 raise CheckpointError(
                     f"{span.source}: became shorter while it was read; leave it alone and retry"

@@ -1,16 +1,16 @@
 """The bytes of GGUF files: what is copied, compared and packed, without a look at the numbers."""
 
-import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gguf import GGUFValueType
 
-from bake.errors import GGUFError
+from bake import copying
+from bake.copying import copy_span
+from bake.errors import CheckpointError, GGUFError
 from bake.gguf_file import (
     SCALARS,
     SPLIT_COUNT,
@@ -76,22 +76,12 @@ def packed_pair(key: str, kind: GGUFValueType, value: Any) -> bytes:
 
 
 def copy(files: Files, span: Span, offset: int) -> None:
-    """Copy bytes of the base to `offset`, inside the kernel where the system can."""
-    source, target = files.source, files.target
-    start, end = span.start, span.start + span.nbytes
-    shift = offset - start
-    if hasattr(os, "copy_file_range"):
-        target.flush()
-        # Some file systems cannot; a real fault shows again below, on its own side.
-        with suppress(OSError):
-            while start < end and (
-                count := os.copy_file_range(
-                    source.fileno(), target.fileno(), end - start, start, start + shift
-                )
-            ):
-                start += count
-    target.seek(start + shift)
-    target.writelines(chunks(source, files.path, Span(start, end - start)))
+    """Copy bytes of the base to `offset`, inside the kernel where the system can (`copy_span`)."""
+    files.target.flush()
+    try:
+        copy_span(copying.Span(files.path, span.start, files.output, offset, span.nbytes))
+    except CheckpointError as error:
+        raise GGUFError(str(error)) from error
 
 
 def chunks(file: BinaryIO, path: Path, span: Span) -> Iterator[bytes]:
