@@ -263,8 +263,8 @@ def test_what_is_no_recipe_at_all(tmp_path: Path, text: str | bytes, expected: s
         ("model:", "8:7: model: expected text, found nothing (null)"),
         ("nmae: x", "8:1: nmae: unknown key 'nmae'; did you mean 'name'?"),
         ("1: x", "8:1: 1: unknown key '1'; the keys here are name, description, model, revision, "
-         "output, seed, prompts, system_prompt, fit, directions, edits, export, judge, evaluate, "
-         "verify, guard, search, runtimes"),
+         "trust_remote_code, output, seed, prompts, system_prompt, fit, directions, edits, export, "
+         "judge, evaluate, verify, guard, search, runtimes"),
         ("? [a]\n: 1", "8:3: a key must be text"),
         ("export: {}", "8:1: export: duplicate key 'export'; the first is on line 6"),
         ("name: a/b", "8:7: name: a name has letters, digits, '_', '.' and '-' only, found 'a/b'"),
