@@ -180,11 +180,13 @@ def _begun(
 
     Returns the parts that are written already.
     """
-    parts = left(journal, run, lambda name: (folder / name).exists()) if journal else None
+    parts = None
     if journal:
+        parts = left(journal, run, lambda name: (folder / name).exists())
         # First of all: it says no longer what is now removed.
         with Written(journal, run, parts or {}):
-            keep = set() if parts is None else {one.path for one in files}
+            pass
+        keep = set() if parts is None else {one.path for one in files}
         for path in set(folder.iterdir()) - keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for file in files:

@@ -53,6 +53,22 @@ def test_what_is_written_is_not_written_again(place: Path) -> None:
     assert sum(done) == sum(load_size(place))
 
 
+@pytest.mark.parametrize("run", ["the same", "another"])
+def test_what_another_process_wrote_counts_too(place: Path, run: str) -> None:
+    """Its journal lies beside the main one's, and is of the same run or goes."""
+    begin, *parts = (place / "journal").read_text().splitlines(keepends=True)
+    (place / "journal").write_text(begin)
+    beside = begin if run == "the same" else begin.replace('"run": "', '"run": "0')
+    (place / "journal.1").write_text("".join([beside, *parts]))
+    before = spoil(place, "model.embed_tokens.weight")
+    write(place, 1)
+    assert ((place / "out" / FILE).read_bytes() == before) == (run == "another")
+    assert not (place / "journal.1").exists()
+    assert sorted((place / "journal").read_text().splitlines()[1:]) == sorted(
+        one.strip() for one in parts
+    )
+
+
 def load_size(place: Path) -> list[int]:
     return [one.nbytes for one in load_file(place / "base" / FILE).values()]
 
