@@ -4,7 +4,7 @@ Batches pass once through the decoder, as far as the last tap. Only sums stay, i
 the samples of the conversations that a tap names: memory does not grow with the prompts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from bake.errors import FitError
 from bake.model import Batch, LiveModel, batches
 from bake.work import Work
 
-__all__ = ["Conversation", "Keep", "Moments", "Tap", "collect"]
+__all__ = ["Conversation", "Keep", "Moments", "Tap", "collect", "samples"]
 
 Keep = Literal["mean", "second", "covariance"]
 STRIP = 256  # columns of a Gram matrix at a time
@@ -168,19 +168,50 @@ def collect(
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda _: None,
     state: str = "",
+    run: Callable[[Batch], None] | None = None,
 ) -> dict[Any, Moments]:
     """Moments of every tap over the chosen positions of all conversations.
 
     The model's processes share the conversations, and one takes in all samples of a tap, in their
     order; all have the result. `progress` receives the number of conversations done since the
     last call. `state` names what hooks make of the model, `bare` where there are none: without
-    it no batch is remembered in the journal.
+    it no batch is remembered in the journal. `run` passes a batch through the decoder where that
+    is not `model.run`.
     Raises FitError when there is no conversation, when one has no token so far back, or when
     an activation is not finite.
     """
+    moments = {name: Moments(tap.keep, tap.rows) for name, tap in taps.items()}
+    # In an order that all processes have: a set's is each one's own.
+    dealt = sorted(taps, key=str)
+    for batch, found in samples(model, conversations, taps, batch_size, progress, state, run):
+        for name in model.work.own(dealt):
+            tap = taps[name]
+            places = _places(conversations, batch, tap.where)
+            rows = [row for row, one in zip(batch.rows, places, strict=True) for _ in one]
+            weighted = tap.positions == "last"
+            weights = [conversations[row].weight if weighted else 1.0 for row in rows]
+            moments[name].add(found[name], torch.tensor(weights, dtype=torch.float64), rows)
+    for number, name in enumerate(dealt):
+        moments[name].share(model.work, number % model.work.size)
+    return moments
+
+
+def samples(
+    model: LiveModel,
+    conversations: Sequence[Conversation],
+    taps: Mapping[Any, Tap],
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda _: None,
+    state: str = "",
+    run: Callable[[Batch], None] | None = None,
+) -> Iterator[tuple[Batch, dict[Any, Tensor]]]:
+    """All batches in order, each with the samples [n, d] of every tap.
+
+    They are in the order of `batch.rows`, and of the positions within one. Everything else is
+    as in `collect`.
+    """
     if not conversations:
         raise FitError("no conversations to measure; the prompt set left none")
-    moments = {name: Moments(tap.keep, tap.rows) for name, tap in taps.items()}
     back = max(tap.back for tap in taps.values())
     shortest = min(one.last for one in conversations)
     if back > shortest:
@@ -230,20 +261,14 @@ def collect(
     read_at = {tap.where for tap in taps.values()}
 
     def places(batch: Batch) -> dict[tuple[str, int], list[Sequence[int]]]:
-        found = [conversations[row] for row in batch.rows]
-        return {
-            (name, back): [
-                one.decision if name == "decision" else (one.last - back,) for one in found
-            ]
-            for name, back in read_at
-        }
+        return {where: _places(conversations, batch, where) for where in read_at}
 
     def captured(batch: Batch) -> dict[str, Tensor]:
         lengths = [len(conversations[row].ids) for row in batch.rows]
         mask.update({name: _mask(batch, one, lengths) for name, one in places(batch).items()})
         # What lies behind the last tap is not run.
         with suppress(_EnoughError):
-            model.run(batch)
+            (run or model.run)(batch)
         return {str(name): seen.pop(name) for name in taps}
 
     def key(batch: Batch) -> object:
@@ -253,32 +278,29 @@ def collect(
         ]
         return ["captured", state, read]
 
-    # In an order that all processes have: a set's is each one's own.
-    dealt = sorted(taps, key=str)
     handles = [handle for name, tap in taps.items() for handle in watch(name, tap)]
     padded = batches(
         [one.ids for one in conversations], model.tokenizer.pad_token_id, batch_size, prefix
     )
     try:
         for batch, found in model.work.results(padded, captured, key if state else None, progress):
-            for name in model.work.own(dealt):
-                tap = taps[name]
-                counts = [len(one) for one in places(batch)[tap.where]]
-                rows = [row for row, n in zip(batch.rows, counts, strict=True) for _ in range(n)]
-                weighted = tap.positions == "last"
-                weights = [conversations[row].weight if weighted else 1.0 for row in rows]
-                given = torch.tensor(weights, dtype=torch.float64)
-                moments[name].add(found[str(name)], given, rows)
+            yield batch, {name: found[str(name)] for name in taps}
     finally:
         for handle in handles:
             handle.remove()
-    for number, name in enumerate(dealt):
-        moments[name].share(model.work, number % model.work.size)
-    return moments
 
 
 class _EnoughError(Exception):
     """Every tap has been read."""
+
+
+def _places(
+    conversations: Sequence[Conversation], batch: Batch, where: tuple[str, int]
+) -> list[Sequence[int]]:
+    """The positions of each of a batch's conversations that are read at `Tap.where`."""
+    name, back = where
+    found = [conversations[row] for row in batch.rows]
+    return [one.decision if name == "decision" else (one.last - back,) for one in found]
 
 
 def _state(found: Any) -> Tensor:
