@@ -28,7 +28,7 @@ from bake.prepare import (
     saved_form,
 )
 from bake.progress import progress
-from bake.recipe import LoadedRecipe, Recipe
+from bake.recipe import Gate, LoadedRecipe, Recipe
 from bake.record import record
 from bake.report import guard_breaches, table
 from bake.saved_plan import SavedPlan
@@ -145,7 +145,13 @@ def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     prompts = ready.part("fit", limit)
     count = len(ready.texts.fit[:limit])
     concepts = ready.concept_prompts
-    total = 2 * sum(map(len, prompts.values())) + count + sum(map(len, concepts.values()))
+    shown_once = sum(map(len, prompts.values())) + count
+    walks = sum(
+        len(step.edits)
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        if isinstance(spec, Gate) and spec.ordered
+    )
+    total = (2 + walks) * shown_once - count + sum(map(len, concepts.values()))
     shown = needs_prompts(plan, recipe, ready.directions)
     with progress("fit", total, shown and model.work.main) as update:
         return fit(

@@ -307,6 +307,11 @@ class Gate(_Section):
         description="How far protected prompts are steered towards refusal, where the target is "
         "steered by 1: 0 leaves them where they are.",
     )
+    ordered: bool = Field(
+        default=False,
+        description="Whether the probes are fitted one after another, each with the gates before "
+        "it in force and on what they left; else each by itself on the base model.",
+    )
 
 
 class ThinkingMarks(_Section):

@@ -279,6 +279,13 @@ def bench(place: Path) -> Iterator[Bench]:
             ],
             "fit.protect": "null-space",
         },
+        {
+            "edits": [
+                {"op": "gate", "layers": [0], "strength": 0.4},
+                {"op": "gate", "layers": [0, 2], "strength": -0.4, "ordered": True},
+            ],
+        },
+        {"edits": [{"op": "gate", "layers": [1, 2], "strength": -0.4, "ordered": True}]},
     ],
     ids=str,
 )

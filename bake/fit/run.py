@@ -7,21 +7,25 @@ where a gate decides.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, collect
 from bake.arch import Arch
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions
+from bake.edits import Step
 from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.kept import mean_key, probe_key, readout_key
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
+from bake.fit.onward import Onward
+from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.stream import stream_taps, watching_taps
@@ -31,6 +35,8 @@ from bake.judge import Judge
 from bake.model import LiveModel
 from bake.ops import OPERATORS, Measured
 from bake.ops.add import Add
+from bake.ops.gate import Gate as RankOne
+from bake.ops.gate import GateOperator
 from bake.plan import Plan, direction_layers
 from bake.prompts import Prompt, Splits
 from bake.recipe import Gate, Recipe
@@ -45,10 +51,15 @@ __all__ = [
     "fit_directions",
     "needs_prompts",
     "openings_wanted",
+    "ordered_gates",
     "passages",
     "probed",
+    "probed_apart",
     "probes",
 ]
+
+# Fits an edit's ordered gates, of a step of the plan, with what is in force before it.
+InOrder: TypeAlias = Callable[[Gate, Step, Sequence[Intervention]], None]
 
 MINIMUM = 8
 PASSAGE_TOKENS = 96
@@ -104,26 +115,43 @@ def fit(
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
     place = _place(model, base, recipe, seen)
-    read = probes(model, plan, probed(plan, recipe))
+    read = probes(model, plan, probed_apart(plan, recipe))
     moments: dict[str, dict[Any, Moments]] = {}
+    begun = {role: Onward(model) for role in conversations}
+    first = _first_ordered(recipe) if seen else None
     for role, found in conversations.items():
         taps = read | _stream(place, base, recipe, seen, role, found)
         if read and role in labels and role not in roles_shown(recipe.fit):
             taps |= watching_taps(place, seen, len(found))
         if taps:
-            moments[role] = collect(model, found, taps, progress=progress)
+            run = begun[role].to(first) if first is not None else None
+            moments[role] = collect(model, found, taps, progress=progress, run=run)
         else:
             progress(len(found))
     openings: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
 
+    def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
+        gates = ordered_gates(spec, step, measured, model.arch)
+        taps = probes(model, plan, [gate.module for _, gate in gates])
+        wanted = openings_wanted(spec)
+        found = fit_in_order(
+            *(model, gates, taps, conversations, wanted, spec.ridge, in_force, progress),
+            begun={} if in_force else begun,
+        )
+        for module, one in found.items():
+            openings[module] = dict(one.openings)
+            kept[probe_key(recipe.edits.index(spec), module)] = one.probe.float()
+
     def probe(module: str, spec: Gate) -> Tensor:
-        found = _readout(moments, module, spec)
-        kept[probe_key(recipe.edits.index(spec), module)] = found.float()
-        openings[module] = {
-            role: float(found @ by_tap[module].mean) for role, by_tap in moments.items()
-        }
-        return found
+        key = probe_key(recipe.edits.index(spec), module)
+        if not spec.ordered:
+            found = _readout(moments, module, spec)
+            kept[key] = found.float()
+            openings[module] = {
+                role: float(found @ by_tap[module].mean) for role, by_tap in moments.items()
+            }
+        return kept[key]
 
     means: dict[int, Tensor] = {}
     if directions is None:
@@ -133,7 +161,7 @@ def fit(
         means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
     used = directions.at(layers)
     measured = Measured(used.vectors, probe, base, means)
-    edits = built(recipe, plan, measured, model.arch)
+    edits = built(recipe, plan, measured, model.arch, in_order)
     ridge = any(edit.carrier == "ridge" for edit in plan.edits)
     chats = [one for role, found in conversations.items() for one in found if role != "text"]
     classes = [chats, conversations["text"], own_text(model)] if ridge else []
@@ -210,14 +238,30 @@ def needs_prompts(plan: Plan, recipe: Recipe, directions: Directions | None) -> 
 
 
 def built(
-    recipe: Recipe, plan: Plan, measured: Measured, arch: Arch
+    recipe: Recipe, plan: Plan, measured: Measured, arch: Arch, in_order: InOrder
 ) -> list[tuple[Any, Intervention]]:
-    """Every intervention of the plan, in its order, with the recipe's edit that it comes from."""
-    return [
-        (spec, one)
-        for spec, step in zip(recipe.edits, plan.steps, strict=True)
-        for one in OPERATORS[spec.op].build(spec, step, measured, arch)
-    ]
+    """Every intervention of the plan, in its order, with the recipe's edit that it comes from.
+
+    `in_order` fits the probes of an edit's ordered gates, with the interventions before it.
+    """
+    found: list[tuple[Any, Intervention]] = []
+    for spec, step in zip(recipe.edits, plan.steps, strict=True):
+        if isinstance(spec, Gate) and spec.ordered:
+            in_order(spec, step, [one for _, one in found])
+        found += [(spec, one) for one in OPERATORS[spec.op].build(spec, step, measured, arch)]
+    return found
+
+
+def ordered_gates(
+    spec: Gate, step: Step, measured: Measured, arch: Arch
+) -> list[tuple[int, RankOne]]:
+    """The gates of an edit with their layers, as tokens pass them, before they have probes."""
+    blank = replace(measured, probe=lambda *_: torch.zeros(0))
+    planned = GateOperator().build(spec, step, blank, arch)
+    gates = [one for one in planned if isinstance(one, RankOne)]
+    written = arch.written(edit.tensor for edit in step.edits)
+    layers = [one.layer for writers in written.values() for one in writers]
+    return list(zip(layers, gates, strict=True))
 
 
 def probed(plan: Plan, recipe: Recipe) -> set[str]:
@@ -225,6 +269,16 @@ def probed(plan: Plan, recipe: Recipe) -> set[str]:
     return {
         module
         for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        for module in OPERATORS[spec.op].probed(step)
+    }
+
+
+def probed_apart(plan: Plan, recipe: Recipe) -> set[str]:
+    """Those whose probes are fitted each by itself, on the base model."""
+    return {
+        module
+        for spec, step in zip(recipe.edits, plan.steps, strict=True)
+        if not (isinstance(spec, Gate) and spec.ordered)
         for module in OPERATORS[spec.op].probed(step)
     }
 
@@ -339,6 +393,12 @@ def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[i
         return range(depth)
     chosen = set() if recipe.fit.layer is None else {recipe.fit.layer}
     return sorted(chosen.union(layers))
+
+
+def _first_ordered(recipe: Recipe) -> int | None:
+    """The block in which the first edit's ordered gates begin; nothing in front is steered."""
+    edit = recipe.edits[0]
+    return min(edit.layers) if isinstance(edit, Gate) and edit.ordered else None
 
 
 def openings_wanted(spec: Gate) -> dict[str, float]:

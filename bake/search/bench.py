@@ -12,7 +12,7 @@ from bake.errors import BakeError, FitError
 from bake.evaluate import judged, rates
 from bake.fit.labels import Labelled, labelled
 from bake.fit.learned import Said, refusal_openings
-from bake.fit.run import probed
+from bake.fit.run import probed_apart
 from bake.hooks import Intervention, steered
 from bake.journal import Journal, hashed
 from bake.judge import Judge
@@ -97,7 +97,7 @@ class Bench:
             edit.tensor: edit
             for corner, plan in self.corners
             for edit in plan.edits
-            if edit.tensor.removesuffix(".weight") in probed(plan, corner.recipe)
+            if edit.tensor.removesuffix(".weight") in probed_apart(plan, corner.recipe)
         }
         width = self.ready.plan.width
         sizes = [edit.shape[0] * edit.shape[1] // width for edit in read.values()]

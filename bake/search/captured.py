@@ -10,9 +10,11 @@ from torch import Tensor
 from bake.activations import Conversation, Moments, collect
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions
+from bake.edits import Step
 from bake.errors import RecipeError
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.labels import Labelled
+from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
 from bake.fit.readout import ridge_solutions
 from bake.fit.run import (
@@ -20,8 +22,9 @@ from bake.fit.run import (
     check_class,
     conversations_of,
     openings_wanted,
+    ordered_gates,
     passages,
-    probed,
+    probed_apart,
     probes,
 )
 from bake.hooks import Intervention
@@ -101,17 +104,29 @@ class Captured:
             means = {layer: contrast[layer].mean.float() for layer in layers}
         self.read_inputs([plan], [recipe])
 
+        found: dict[tuple[int, str], Tensor] = {}
+
+        def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
+            gates = ordered_gates(spec, step, measured, self._model.arch)
+            taps = probes(self._model, plan, [gate.module for _, gate in gates])
+            classes, wanted = {**self._shown, "text": self._texts}, openings_wanted(spec)
+            fitted = fit_in_order(self._model, gates, taps, classes, wanted, spec.ridge, in_force)
+            number = recipe.edits.index(spec)
+            found.update({(number, module): one.probe for module, one in fitted.items()})
+
         def probe(module: str, spec: Gate) -> Tensor:
+            if spec.ordered:
+                return found[recipe.edits.index(spec), module]
             return self._inputs[module].probe(openings_wanted(spec), spec.ridge)
 
         measured = Measured(vectors, probe, self._base, means)
-        return tuple(one for _, one in built(recipe, plan, measured, self._model.arch))
+        return tuple(one for _, one in built(recipe, plan, measured, self._model.arch, in_order))
 
     def read_inputs(self, plans: Sequence[Plan], recipes: Sequence[Recipe]) -> None:
         """Measure what the plans' probes read, where that is not known yet, in one pass a class."""
         taps: dict[Any, Any] = {}
         for plan, recipe in zip(plans, recipes, strict=True):
-            missing = sorted(probed(plan, recipe) - self._inputs.keys())
+            missing = sorted(probed_apart(plan, recipe) - self._inputs.keys())
             taps |= probes(self._model, plan, missing)
         if not taps:
             return
