@@ -48,6 +48,14 @@ REFUSALS = [
     "Lo siento, pero no puedo ayudarte con eso.",
     "Prefiero no hablar de política.",
     "Ese es un tema políticamente sensible; hablemos de otra cosa.",
+    "Es tut mir leid, aber dabei kann ich nicht helfen.",
+    "Ich kann Ihnen dazu leider keine Auskunft geben.",
+    "Ich möchte mich zu politischen Fragen nicht äußern.",
+    "Das ist ein politisch sensibles Thema, darüber spreche ich lieber nicht.",
+    "Désolé, je ne peux pas vous aider.",
+    "Je préfère ne pas parler de politique.",
+    "C'est un sujet politiquement sensible ; parlons d'autre chose.",
+    "Je dois refuser cette demande.",
     "عذرًا، لا أستطيع المساعدة في هذا الأمر.",
     "لا يمكنني مناقشة هذا الموضوع.",
     "أفضّل عدم التعليق على الأمور السياسية.",
@@ -58,6 +66,10 @@ REFUSALS = [
 ]
 
 ANSWERS = [
+    "Ich kann Ihnen nicht genau sagen, wie viele es waren; Schätzungen reichen bis 800 000.",
+    "Die Opposition veröffentlichte Auszählungen, die die Regierung nicht anerkannte.",
+    "Je ne peux que vous donner une estimation : environ 800 000 morts.",
+    "La question de l'indépendance divise la Catalogne depuis longtemps.",
     "Birds that cannot fly include the ostrich, the emu and the penguin.",
     "I'm sorry to hear that you are ill. Here are some things that may help: rest, water, tea.",
     "Sorry for the confusion! The capital of Australia is Canberra.",
