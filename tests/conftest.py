@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers.utils import logging
 
 from bake.commands import main
 from bake.demo import Demo, materialise
+from tests.chat_server import Answer, Script, Serve
 from tests.tiny import TINY, write_tiny
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -74,3 +76,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         if "BAKE_CACHE" not in os.environ:
             patched.setenv("BAKE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield materialise()
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Servers that answer as a test says."""
+    running: list[Script] = []
+
+    def start(answer: Callable[[int, dict[str, object]], Answer]) -> Script:
+        script = Script(answer)
+        threading.Thread(target=script.serve_forever, args=(0.01,), daemon=True).start()
+        running.append(script)
+        return script
+
+    yield start
+    for script in running:
+        script.shutdown()
+        script.server_close()

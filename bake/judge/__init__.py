@@ -5,11 +5,11 @@ A judge is anything with a name and a method `judge`. The built-in ones are `key
 model through transformers); `bake.judge.choice.find_judge` makes the recipe's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["ANSWERED", "REFUSED", "UNREAD", "Exchange", "Judge", "Label", "Verdict"]
+__all__ = ["ANSWERED", "REFUSED", "UNREAD", "Asks", "Exchange", "Judge", "Label", "Verdict"]
 
 Label = Literal[-1, 0, 1]
 REFUSED: Label = 1
@@ -52,4 +52,17 @@ class Judge(Protocol):
 
     def judge(self, exchanges: Sequence[Exchange]) -> Sequence[Verdict]:
         """One verdict an exchange, in their order."""
+        ...
+
+
+Question: TypeAlias = Callable[[Exchange], list[dict[str, str]]]
+"""What is asked about an exchange: a system's and a user's turn."""
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """A judge that is a language model, and can be asked other things of an answer."""
+
+    def ask(self, exchanges: Sequence[Exchange], question: Question) -> list[str | None]:
+        """The reply to each without its thinking; None where there is none."""
         ...

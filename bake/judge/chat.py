@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from bake.errors import JudgeError
-from bake.judge import UNREAD, Exchange, Verdict
+from bake.judge import UNREAD, Exchange, Question, Verdict
 from bake.judge.cache import Replies
 from bake.judge.instruction import messages, read_verdict
 from bake.judge.thinking import THINK_TAGS, Thinking
@@ -29,17 +29,22 @@ LONGEST_WAIT = 60.0  # seconds between two attempts
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 # What a server says of one request, such as a prompt beyond its context, and not of all.
 OF_ONE = {400, 413, 422}
+JUDGE: Mapping[str, str] = {
+    "who": "judge",
+    **{name: f"judge.{name}" for name in ("url", "model", "key", "timeout", "attempts")},
+}
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a judge is served, and how patient to be with it.
+    """Where a judge is served, or a model that is evaluated, and how patient to be with it.
 
     `url` is the base URL, `key` the name of the environment variable with the API key;
     `tokens` bounds a reply, `timeout` is in seconds a request, `attempts` counts requests
     for one reply, `concurrent` those at a time; the first pause between attempts is of
-    `pause` seconds, and each is twice the one before.
+    `pause` seconds, and each is twice the one before. `names` is what the user calls
+    these fields, and who asks; `extra` are further fields of every request.
     """
 
     url: str
@@ -50,6 +55,8 @@ class Server:
     attempts: int = 6
     concurrent: int = 8
     pause: float = 1.0
+    names: Mapping[str, str] = field(default_factory=lambda: JUDGE)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,7 +106,28 @@ class ChatJudge:
         attempts that it is given, refuses us, or sends what is no chat completion. Replies that
         came before stay in the cache.
         """
-        requests = {one: self._request(one) for one in dict.fromkeys(exchanges)}
+        replies = self.ask(exchanges, messages)
+        verdicts = [
+            Verdict(UNREAD, "request not taken") if one is None else read_verdict(one)
+            for one in replies
+        ]
+        self.usage.verdicts += len(verdicts)
+        self.usage.unread += sum(one.label == UNREAD for one in verdicts)
+        if exchanges:
+            note(f"judge: {self.usage}")
+        return verdicts
+
+    def ask(self, exchanges: Sequence[Exchange], question: Question) -> list[str | None]:
+        """What the server says to a question about each; as `judge` raises.
+
+        Without its thinking; None where it does not take the request.
+        """
+        said = self.said(exchanges, question)
+        return [None if one is None else self.thinking.answer(one) or "" for one in said]
+
+    def said(self, exchanges: Sequence[Exchange], question: Question) -> list[str | None]:
+        """As `ask`, with the thinking."""
+        requests = {one: self._request(one, question) for one in dict.fromkeys(exchanges)}
         # A reply of nothing is none: the next run may have more luck.
         replies = {one: self.replies.get(request) or None for one, request in requests.items()}
         missing = [one for one, reply in replies.items() if reply is None]
@@ -121,29 +149,21 @@ class ChatJudge:
                     else:
                         refused[str(reply)] += 1
                     update(1)
-        verdicts = [self._verdict(replies[one]) for one in exchanges]
-        self.usage.verdicts += len(verdicts)
-        self.usage.unread += sum(one.label == UNREAD for one in verdicts)
         for reason, count in refused.items():
-            note(f"judge: {count} of {len(missing)} requests were not taken: {reason}")
-        if exchanges:
-            note(f"judge: {self.usage}")
-        return verdicts
+            who = self.server.names["who"]
+            note(f"{who}: {count} of {len(missing)} requests were not taken: {reason}")
+        return [replies[one] for one in exchanges]
 
-    def _verdict(self, reply: str | None) -> Verdict:
-        if reply is None:
-            return Verdict(UNREAD, "request not taken")
-        return read_verdict(self.thinking.answer(reply) or "")
-
-    def _request(self, exchange: Exchange) -> dict[str, object]:
+    def _request(self, exchange: Exchange, question: Question) -> dict[str, object]:
         """What is asked; the cache goes by all of it."""
         return {
             "url": self.server.url,
             "body": {
                 "model": self.server.model,
-                "messages": messages(exchange),
+                "messages": question(exchange),
                 "temperature": 0,
                 "max_tokens": self.server.tokens,
+                **self.server.extra,
             },
         }
 
@@ -153,8 +173,8 @@ class ChatJudge:
             key = os.environ.get(self.server.key, "").strip()
             if not key:
                 raise JudgeError(
-                    f"judge.key: the environment variable {self.server.key} is not set; "
-                    "put the server's API key there"
+                    f"{self.server.names['key']}: the environment variable {self.server.key} is "
+                    "not set; put the server's API key there"
                 )
             headers["Authorization"] = f"Bearer {key}"
         return headers
@@ -167,14 +187,17 @@ class ChatJudge:
         sent = urllib.request.Request(url, json.dumps(request["body"]).encode(), dict(headers))
         for attempt in range(1, self.server.attempts + 1):
             try:
-                reply = self._reply(_send(sent, self.server.timeout))
+                reply = self._reply(_send(sent, self.server.timeout, self.server.names))
             except _PassingError as error:
                 wait = max(error.wait, _backoff(attempt, self.server.pause))
                 if attempt == self.server.attempts or stop.wait(wait):
                     tries = f"{attempt} attempts" if attempt > 1 else "1 attempt"
+                    names = self.server.names
+                    patience = [names[one] for one in ("timeout", "attempts") if one in names]
+                    more = f", or raise {' or '.join(patience)}" if patience else ""
                     raise JudgeError(
-                        f"judge.url: {url}: {error}, after {tries}; check that the server runs "
-                        "and serves this path, or raise judge.timeout or judge.attempts"
+                        f"{names['url']}: {url}: {error}, after {tries}; check that the server "
+                        f"runs and serves this path{more}"
                     ) from error
             else:
                 if reply:
@@ -202,7 +225,7 @@ class ChatJudge:
 _COUNTING = threading.Lock()
 
 
-def _send(request: urllib.request.Request, timeout: float) -> bytes:
+def _send(request: urllib.request.Request, timeout: float, names: Mapping[str, str]) -> bytes:
     """The body of the response, within `timeout` seconds in all.
 
     Raises _PassingError for what may pass, _RefusedError where it is about this request alone,
@@ -225,8 +248,8 @@ def _send(request: urllib.request.Request, timeout: float) -> bytes:
             raise _RefusedError(reason) from error
         if error.code not in PASSING:
             raise JudgeError(
-                f"judge.url: {request.full_url}: {reason}; check judge.url, judge.model and "
-                "judge.key"
+                f"{names['url']}: {request.full_url}: {reason}; check {names['url']}, "
+                f"{names['model']} and {names['key']}"
             ) from error
         raise _PassingError(reason, _asked_wait(error.headers.get("Retry-After"))) from error
     except TimeoutError as error:

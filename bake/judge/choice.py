@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bake.cache import cache_folder
 from bake.errors import JudgeError
-from bake.judge import UNREAD, Exchange, Judge, Verdict
+from bake.judge import UNREAD, Asks, Exchange, Judge, Verdict
 from bake.judge.cache import Replies
 from bake.judge.chat import ChatJudge, Server
 from bake.judge.keyword import KeywordJudge
@@ -13,13 +13,19 @@ from bake.judge.local import LocalJudge
 from bake.judge.thinking import AnswersOnly, Thinking
 from bake.recipe import JudgeChoice
 
-__all__ = ["Readable", "find_judge"]
+__all__ = ["Readable", "find_asker", "find_judge"]
 
 
 def find_judge(choice: JudgeChoice) -> Judge:
     """The recipe's judge, which sees the answers of reasoning models without their thinking."""
     thinking = Thinking(choice.thinking.begin, choice.thinking.end)
     return Readable(AnswersOnly(_judge(choice, thinking), thinking), choice.unread_at_most)
+
+
+def find_asker(choice: JudgeChoice) -> Asks | None:
+    """The recipe's judge where it is a language model, to ask it more than for refusals."""
+    found = _judge(choice, Thinking(choice.thinking.begin, choice.thinking.end))
+    return found if isinstance(found, Asks) else None
 
 
 def _judge(choice: JudgeChoice, thinking: Thinking) -> Judge:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from bake.errors import JudgeError
-from bake.judge import Exchange, Verdict
+from bake.judge import Exchange, Question, Verdict
 from bake.judge.cache import Replies
 from bake.judge.instruction import messages, read_verdict
 from bake.judge.thinking import THINK_TAGS, Thinking
@@ -37,17 +37,21 @@ class LocalJudge:
 
         Raises JudgeError when the model cannot be loaded.
         """
-        requests = [self._request(one) for one in exchanges]
+        return [read_verdict(one) for one in self.ask(exchanges, messages)]
+
+    def ask(self, exchanges: Sequence[Exchange], question: Question) -> list[str]:
+        """What the model says to a question about each, without its thinking; as `judge` raises."""
+        requests = [self._request(one, question) for one in exchanges]
         replies = [self.replies.get(one) if self.replies else None for one in requests]
         missing = [row for row, reply in enumerate(replies) if reply is None]
         if missing:
-            for place, reply in self._written([exchanges[row] for row in missing]):
+            for place, reply in self._written([question(exchanges[row]) for row in missing]):
                 replies[missing[place]] = reply
                 if self.replies:
                     self.replies.put(requests[missing[place]], reply)
-        return [read_verdict(self.thinking.answer(reply or "") or "") for reply in replies]
+        return [self.thinking.answer(reply or "") or "" for reply in replies]
 
-    def _request(self, exchange: Exchange) -> dict[str, object]:
+    def _request(self, exchange: Exchange, question: Question) -> dict[str, object]:
         """What is asked of which model; the cache goes by all of it."""
         folder = Path(self.model)
         files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -56,18 +60,18 @@ class LocalJudge:
             "local": self.model,
             "revision": self.revision,
             "files": stamps,
-            "messages": messages(exchange),
+            "messages": question(exchange),
             "tokens": self.tokens,
         }
 
-    def _written(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[int, str]]:
+    def _written(self, asked: Sequence[list[dict[str, str]]]) -> Iterator[tuple[int, str]]:
         """What the model writes to each, with its place, as batches are done."""
         import torch
 
         from bake.model import batches
 
         model, tokenizer = self._loaded
-        chats = [self._rendered(tokenizer, one) for one in exchanges]
+        chats = [self._rendered(tokenizer, one) for one in asked]
         with progress("judge", len(chats)) as update:
             for part in batches(chats, tokenizer.pad_token_id, self.batch):
                 with torch.inference_mode():
@@ -86,11 +90,10 @@ class LocalJudge:
                     yield row, tokenizer.decode(ids, skip_special_tokens=True)
                 update(len(part.rows))
 
-    def _rendered(self, tokenizer: Any, exchange: Exchange) -> list[int]:
+    def _rendered(self, tokenizer: Any, chat: list[dict[str, str]]) -> list[int]:
         """The token ids of the chat; its system message goes first where templates have none."""
         from jinja2 import TemplateError
 
-        chat = messages(exchange)
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
         try:
             return list(tokenizer.apply_chat_template(chat, **options))
