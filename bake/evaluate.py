@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
 
+from bake.evaluation.drift import UNMEASURED, Drift
 from bake.intervals import mcnemar, wilson
 from bake.judge import UNREAD, Exchange, Judge, Verdict
 from bake.judge.thinking import Thinking, spoken
@@ -17,11 +18,13 @@ __all__ = [
     "Rate",
     "breaches",
     "broken",
+    "drifted",
     "judged",
     "limits",
     "paired",
     "rates",
     "runtime_gaps",
+    "with_verdicts",
 ]
 
 ByRuntime: TypeAlias = Mapping[str, Mapping[str, "Rate"]]
@@ -92,13 +95,20 @@ def judged(
         spoken(start, ids, text, thinking)
         for start, ids in zip(starts, answer(starts), strict=True)
     ]
-    answers, rest = {}, iter(said)
-    for role, chosen in prompts.items():
-        texts = list(islice(rest, len(chosen)))
-        exchanges = [Exchange(one.text, text) for one, text in zip(chosen, texts, strict=True)]
-        verdicts = judge.judge(exchanges)
-        answers[role] = tuple(Answer(*one) for one in zip(chosen, texts, verdicts, strict=True))
-    return answers
+    rest = iter(said)
+    return {
+        role: with_verdicts(chosen, list(islice(rest, len(chosen))), judge)
+        for role, chosen in prompts.items()
+    }
+
+
+def with_verdicts(
+    prompts: Sequence[Prompt], texts: Sequence[str], judge: Judge
+) -> tuple[Answer, ...]:
+    """Answers in the prompts' order with what a judge takes them for."""
+    exchanges = [Exchange(one.text, text) for one, text in zip(prompts, texts, strict=True)]
+    verdicts = judge.judge(exchanges)
+    return tuple(Answer(*one) for one in zip(prompts, texts, verdicts, strict=True))
 
 
 def rates(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Rate]:
@@ -166,12 +176,39 @@ def limits(guard: Guard) -> list[tuple[str, str, float, int]]:
     ]
 
 
-def broken(guard: Guard, before: ByRuntime, after: ByRuntime) -> list[str]:
+def broken(
+    guard: Guard, before: ByRuntime, after: ByRuntime, drift: Drift = UNMEASURED
+) -> list[str]:
     """Everything that the guard forbids, from refusals by runtime and role, a line each."""
     lines = []
     for runtime, found in after.items():
         lines += breaches(guard, before[runtime], found, runtime)
-    return lines + runtime_gaps(guard, before, after)
+    return lines + runtime_gaps(guard, before, after) + drifted(guard, drift)
+
+
+def drifted(guard: Guard, drift: Drift) -> list[str]:
+    """What the guard forbids of the drift, a line each; what it limits and nobody measured too.
+
+    No number is below a limit.
+    """
+    lines = []
+    limit = guard.divergence_at_most
+    if limit is not None and drift.first_token is None:
+        lines.append("guard: divergence_at_most: the divergence was not measured")
+    elif limit is not None and not drift.first_token <= limit:  # type: ignore[operator]
+        lines.append(
+            f"guard: answers to general prompts begin {drift.first_token:.3f} nats apart (KL of "
+            f"the first token), {limit:g} allowed"
+        )
+    limit, text = guard.perplexity_rise_at_most, drift.text
+    if limit is not None and text is None:
+        lines.append("guard: perplexity_rise_at_most: the perplexity was not measured")
+    elif limit is not None and text is not None and not text.rise <= limit:
+        lines.append(
+            f"guard: perplexity of held-out text rose by {text.rise:.1f} % ({text.before:.2f} to "
+            f"{text.after:.2f}), {limit:g} % allowed"
+        )
+    return lines
 
 
 def runtime_gaps(guard: Guard, before: ByRuntime, after: ByRuntime) -> list[str]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from bake.base_card import BaseCard
 from bake.errors import ManifestError
 from bake.evaluate import Rate, broken
+from bake.evaluation.drift import UNMEASURED, Drift
 from bake.manifest import NAME, read_manifest
 from bake.recipe import LoadedRecipe, restore_recipe
 
@@ -78,6 +79,7 @@ class _Refusals(BaseModel):
 class _Measured(BaseModel):
     refusals: _Refusals
     parity: dict[str, Parity]
+    drift: Drift = UNMEASURED
 
 
 class _Recipe(BaseModel):
@@ -113,6 +115,7 @@ class Evidence:
     runtimes: Mapping[str, Served]
     conversion: Converted | None
     content: Mapping[str, Any]
+    drift: Drift = UNMEASURED
 
     @classmethod
     def of(cls, content: Mapping[str, Any], loaded: LoadedRecipe | None, place: str) -> "Evidence":
@@ -132,9 +135,10 @@ class Evidence:
         refusals, stated = found.measured.refusals, found.recipe
         if loaded is None:
             loaded = restore_recipe(stated.text, stated.source, stated.overrides, place)
+        measured = found.measured
         return cls(
-            *(loaded, found.base, refusals.before, refusals.after, found.measured.parity),
-            *(found.runtimes, found.conversion, content),
+            *(loaded, found.base, refusals.before, refusals.after, measured.parity),
+            *(found.runtimes, found.conversion, content, measured.drift),
         )
 
     @classmethod
@@ -144,4 +148,4 @@ class Evidence:
 
     def broken(self) -> list[str]:
         """Every way in which the figures break the guard that the recipe states, a line each."""
-        return broken(self.loaded.recipe.guard, self.before, self.after)
+        return broken(self.loaded.recipe.guard, self.before, self.after, self.drift)

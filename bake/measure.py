@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bake.errors import VerificationError
 from bake.evaluate import Answer, judged, paired, rates
+from bake.evaluation.drift import UNMEASURED, Drift, of_models
 from bake.evidence import MOVED
 from bake.hooks import Intervention, steered
 from bake.judge import Exchange, Judge, Verdict
@@ -61,7 +62,7 @@ class Artefacts:
 
 @dataclass(frozen=True)
 class Measured:
-    """Answers before and after by runtime and role; parity by reference.
+    """Answers before and after by runtime and role; parity by reference; what the guard limits.
 
     The references are the hooked model, for each runtime, and for a recipe that only
     adds at `out` also llama.cpp's own control vector on the base GGUF.
@@ -70,6 +71,7 @@ class Measured:
     before: Mapping[str, Answers]
     after: Mapping[str, Answers]
     parity: Mapping[str, Divergence]
+    drift: Drift = UNMEASURED
 
     def as_json(self) -> dict[str, object]:
         """Every figure as plain values."""
@@ -96,6 +98,7 @@ class Measured:
                 runtime: {"lost_share": one.lost_share, **vars(one)}
                 for runtime, one in self.parity.items()
             },
+            "drift": self.drift.as_json(),
         }
 
 
@@ -105,9 +108,10 @@ def measure(
     interventions: Sequence[Intervention],
     artefacts: Artefacts,
     prompts: Mapping[str, Sequence[Prompt]],
+    texts: Sequence[Prompt],
     judge: Judge,
 ) -> Measured:
-    """Compare base, hooked and baked model on the test split's prompts by role.
+    """Compare base, hooked and baked model on the test split's prompts by role, and its texts.
 
     The model's processes share the prompts, but llama.cpp's answers are of one.
 
@@ -137,7 +141,8 @@ def measure(
         parity = _parity(model, interventions, artefacts, llamas, compared)
         _check(recipe, interventions, parity)
         before, after = _behaviour(recipe, model, interventions, artefacts, llamas, prompts, judge)
-    return Measured(before, after, parity)
+    drift = _drift(recipe, model, interventions, artefacts, prompts, texts)
+    return Measured(before, after, parity, drift)
 
 
 def compared_tokens(
@@ -272,6 +277,39 @@ class _AskedByMain:
     def judge(self, exchanges: Sequence[Exchange]) -> Sequence[Verdict]:
         """See `Judge`."""
         return self.work.by_main(lambda: self.asked.judge(exchanges))
+
+
+def _drift(
+    recipe: Recipe,
+    model: LiveModel,
+    interventions: Sequence[Intervention],
+    artefacts: Artefacts,
+    prompts: Mapping[str, Sequence[Prompt]],
+    texts: Sequence[Prompt],
+) -> Drift:
+    """What the guard limits of it, in transformers and the written type, and nothing else.
+
+    One process measures it for all.
+    """
+    guard = recipe.guard
+    general = [model.render(one.text) for one in prompts["general"]]
+    passages = [model.tokens(one.text) for one in texts]
+    if guard.divergence_at_most is None:
+        general = []
+    if guard.perplexity_rise_at_most is None:
+        passages = []
+    if not general and not passages:
+        return UNMEASURED
+
+    def measured() -> Drift:
+        baked = model
+        if artefacts.baked:
+            baked = LiveModel.load(artefacts.baked, model.arch, trusted=model.trusted)
+        hooks = () if artefacts.baked else interventions
+        with progress("drift", len(general) + len(passages)) as update:
+            return of_models(model, baked, hooks, general, passages, update)
+
+    return model.work.by_main(measured)
 
 
 def in_turn(prompts: Mapping[str, Sequence[Prompt]], count: int) -> list[Prompt]:

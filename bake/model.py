@@ -19,7 +19,7 @@ from bake.placement import check_shapes, placement, removed_with
 from bake.tokens import shared_beginning
 from bake.work import Work
 
-__all__ = ["NO_PREFIX", "Batch", "LiveModel", "Prefix", "batches"]
+__all__ = ["NO_PREFIX", "Batch", "LiveModel", "Prefix", "batches", "thinking_switch"]
 
 # Nothing is fetched, and no code that comes with a checkpoint is run, nor anybody asked to let it:
 # without the second, transformers asks on the terminal (dynamic_module_utils.py,
@@ -83,7 +83,8 @@ class LiveModel:
     """A language model with its tokenizer and its row of the architecture table.
 
     `work` says which of its batches this process runs, and where their results are kept; `trusted`
-    whether its tokenizer may be code that comes with it.
+    whether its tokenizer may be code that comes with it; `thinking` sets the chat template's
+    switch, where it has one (`thinking_switch`).
     """
 
     model: Any
@@ -92,6 +93,7 @@ class LiveModel:
     work: Work = field(default=Work())
     system: str | None = None
     trusted: bool = False
+    thinking: bool | None = None
 
     @classmethod
     def load(
@@ -232,6 +234,7 @@ class LiveModel:
             add_generation_prompt=True,
             tokenize=tokenize,
             return_dict=False,
+            **thinking_switch(self.thinking),
         )
 
     def block(self, layer: int) -> nn.Module:
@@ -361,6 +364,10 @@ class LiveModel:
         decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return decoded
 
+    def tokens(self, text: str) -> list[int]:
+        """The token ids of plain text, without a template."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
     def end_tokens(self) -> set[int]:
         """The tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
@@ -387,6 +394,14 @@ def batches(
             ids[place, length - len(sequence) :] = sequence
             mask[place, length - len(sequence) :] = 1
         yield Batch(ids, mask, rows, prefix)
+
+
+def thinking_switch(thinking: bool | None) -> dict[str, bool]:
+    """What tells a chat template whether to think; nothing leaves that to the template.
+
+    `enable_thinking` is what templates of Qwen3, GLM-4.5, SmolLM3 and others read.
+    """
+    return {} if thinking is None else {"enable_thinking": thinking}
 
 
 def _tokenizer(folder: Path, trusted: bool) -> Any:

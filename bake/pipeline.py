@@ -29,14 +29,14 @@ from bake.prepare import (
 )
 from bake.progress import progress
 from bake.recipe import Gate, LoadedRecipe, Recipe
-from bake.record import record
+from bake.record import failed_folder, record, record_failure
 from bake.report import guard_breaches, table
 from bake.saved_plan import SavedPlan
 from bake.staging import aside_of, check_output, staged
 from bake.work import ALONE, Work
 from bake.writing import Written, converted, edits_of, reference_of, road_of, write_all
 
-__all__ = ["bake"]
+__all__ = ["bake", "fit_of"]
 
 
 def bake(
@@ -54,16 +54,19 @@ def bake(
     converter is taken (`find_converter`), `trusted` confirms the recipe's trust_remote_code.
     `show` receives the table of results, also when the guard then refuses them.
     Raises a BakeError of the kind that says what failed: the input, the guard or
-    the verification. Nothing is left behind then. The processes of `accelerate launch` share
-    the work, and one of them shows and publishes.
+    the verification. Nothing is left behind then, but of a broken guard the evidence: report,
+    figures and answers, without weights, in `failed_folder`. The processes of `accelerate
+    launch` share the work, and one of them shows and publishes.
     """
     recipe = loaded.recipe
+    failed = failed_folder(recipe.folder)
     check_trust(recipe, trusted)
     work = Work.launched()
     torch.manual_seed(recipe.seed)
     with work.main_first():
         if work.main:
             check_output(recipe.folder, overwrite)
+            check_output(failed, overwrite)
         ready = prepare(recipe)
         if work.main:
             _check(loaded, ready, planned)
@@ -77,7 +80,7 @@ def bake(
         journal = Journal.of(run_of(ready, hashes))
         reference = reference_of(ready, road, aside) if road else None
         model = replace(loaded_model(ready), work=replace(work, journal=journal))
-        fitted = _fit(ready, model, judge)
+        fitted = fit_of(ready, model, judge)
         # Machines of several kinds may round differently: what is written is of one.
         edits = work.by_main(lambda: edits_of(ready, fitted))
         written = write_all(loaded, ready, model, fitted, edits, staging, aside)
@@ -88,12 +91,17 @@ def bake(
             )
         artefacts = work.by_main(lambda: _artefacts(ready, written, reference, staging))
         prompts = ready.part("test", recipe.evaluate.limit)
-        measured = measure(recipe, model, fitted.interventions, artefacts, prompts, judge)
+        texts = ready.texts.test
+        measured = measure(recipe, model, fitted.interventions, artefacts, prompts, texts, judge)
         if work.main:
             show(table(measured))
             broken = guard_breaches(recipe, measured)
             if broken:
-                raise GuardError("\n".join(broken))
+                with staged(failed, overwrite) as kept:
+                    record_failure(loaded, ready, hashes, fitted, written, measured, broken, kept)
+                raise GuardError(
+                    "\n".join([*broken, f"nothing is baked; {failed} has the evidence"])
+                )
             now = base_stamps(ready)
             for path, stamp in stamps.items():
                 if now.get(path) != stamp:
@@ -139,7 +147,8 @@ def _artefacts(
     )
 
 
-def _fit(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
+def fit_of(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
+    """What a bake of a prepared recipe fits; raises FitError as `fit` does."""
     recipe, plan = ready.recipe, ready.plan
     limit = recipe.fit.prompts_per_class
     prompts = ready.part("fit", limit)

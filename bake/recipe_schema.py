@@ -455,6 +455,16 @@ class Guard(_Section):
     runtime_gap: Percent = Field(
         default=3.0, description="Points that two runtimes may differ by, on any set."
     )
+    divergence_at_most: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        default=None,
+        description="Nats of KL(base || baked) at the first token of answers to general prompts, "
+        "on average at most; not measured if null.",
+    )
+    perplexity_rise_at_most: Annotated[float, Field(ge=0, le=1000)] | None = Field(
+        default=None,
+        description="Percent that the perplexity of held-out text may rise by; not measured if "
+        "null.",
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> "Guard":

@@ -1,7 +1,7 @@
 """What a bake writes beside the weights: the evidence, and the manifest last."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from bake.report import write_answers
 from bake.runtimes.facts import served
 from bake.writing import Written
 
-__all__ = ["DIRECTIONS", "KEPT", "record"]
+__all__ = ["DIRECTIONS", "KEPT", "failed_folder", "record", "record_failure"]
 
 # Not beside the weights: vLLM (model_loader/default_loader.py, `_prepare_weights`), SGLang and
 # Ollama (convert/reader.go, `parseTensors`) load every *.safetensors of the folder itself.
@@ -53,15 +53,61 @@ def record(
         ends = model.tokenizer.convert_ids_to_tokens(sorted(model.end_tokens()))
         parts = [part.path.name for part in GGUFFile.open(staging / written.gguf).files]
         write_ollama(staging, parts, parameters(ready.base.folder, ends))
-    recipe = loaded.recipe
     save_directions(fitted.directions, staging / DIRECTIONS)
     if fitted.kept:
         write_kept(fitted.kept, staging / KEPT)
+    content = _content(loaded, ready, hashes, fitted, written, measured)
+    text = card(Evidence.of(content, loaded, NAME))
+    (staging / "README.md").write_text(text, encoding="utf-8")
+    _finish(staging, content)
+
+
+def failed_folder(folder: Path) -> Path:
+    """Where the evidence of a bake into `folder` goes whose guard broke."""
+    return folder.with_name(f"{folder.name}.failed")
+
+
+def record_failure(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    hashes: Mapping[str, str],
+    fitted: Fitted,
+    written: Written,
+    measured: Measured,
+    broken: Sequence[str],
+    folder: Path,
+) -> None:
+    """Write the evidence of a bake that broke its guard: no weights, and the manifest says why."""
+    write_answers(folder / "answers.jsonl", measured)
+    content = _content(loaded, ready, hashes, fitted, written, measured)
+    _finish(folder, {**content, "broken": list(broken)})
+
+
+def _finish(folder: Path, content: dict[str, object]) -> None:
+    """Write the report and, with the hashes of all that is there, the manifest."""
+    write_report(folder, json.loads(json.dumps(content)))
+    outputs = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    content["outputs"] = {
+        path.relative_to(folder).as_posix(): digest for path, digest in file_hashes(outputs).items()
+    }
+    write_manifest(folder, content)
+
+
+def _content(
+    loaded: LoadedRecipe,
+    ready: Prepared,
+    hashes: Mapping[str, str],
+    fitted: Fitted,
+    written: Written,
+    measured: Measured,
+) -> dict[str, object]:
+    """The manifest but for the hashes of what was written."""
+    recipe = loaded.recipe
     others = [part.path for part in ready.gguf.files] if ready.gguf else []
     export = recipe.export.gguf
     if export and export.convert and export.convert.imatrix not in (None, TEXT):
         others.append(Path(str(export.convert.imatrix)))
-    content: dict[str, object] = {
+    return {
         "format": 1,
         "name": recipe.name,
         "recipe": {
@@ -132,12 +178,3 @@ def record(
         "runtimes": served(recipe, ready.plan, measured),
         "guard": recipe.guard.model_dump(),
     }
-    text = card(Evidence.of(content, loaded, NAME))
-    (staging / "README.md").write_text(text, encoding="utf-8")
-    write_report(staging, json.loads(json.dumps(content)))
-    outputs = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-    content["outputs"] = {
-        path.relative_to(staging).as_posix(): digest
-        for path, digest in file_hashes(outputs).items()
-    }
-    write_manifest(staging, content)

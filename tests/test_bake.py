@@ -197,7 +197,7 @@ def test_the_baked_folder_serves_as_it_was_baked_in_every_runtime(baked: Path) -
     assert all(one.passed for one in found), "\n".join(map(str, found))
 
 
-def test_a_broken_guard_publishes_nothing(baked: Path, tmp_path: Path) -> None:
+def test_a_broken_guard_publishes_its_evidence_alone(baked: Path, tmp_path: Path) -> None:
     shown: list[str] = []
     strong = ("evaluate.limit=2", "evaluate.answer_tokens=12", "edits.0.strength=-3")
     loaded = added(baked, tmp_path / "out", "guard.target_at_least=100", *strong)
@@ -205,7 +205,9 @@ def test_a_broken_guard_publishes_nothing(baked: Path, tmp_path: Path) -> None:
         bake(loaded, show=shown.append)
     assert caught.value.exit_code == 3
     assert "refused after" in shown[0]
-    assert list(tmp_path.iterdir()) == []
+    assert [one.name for one in tmp_path.iterdir()] == ["out.failed"]
+    assert not [one for one in files(tmp_path) if one.endswith((".safetensors", ".gguf"))]
+    assert differences(tmp_path / "out.failed", read_outputs(tmp_path / "out.failed")) == []
 
 
 def test_lost_parity_publishes_nothing(baked: Path, tmp_path: Path) -> None:

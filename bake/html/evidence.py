@@ -17,17 +17,19 @@ from bake.directions.value import FIGURES, Directions
 from bake.errors import DirectionsError, InputError, ManifestError
 from bake.evaluate import Paired, Rate
 from bake.evidence import Converted, Served
-from bake.manifest import NAME, read_manifest
+from bake.manifest import NAME, file_hash, read_manifest
 
 __all__ = [
     "ANSWERS",
     "Answer",
+    "Evaluation",
     "Evidence",
     "Geometry",
     "Manifest",
     "Score",
     "named_figures",
     "read_answers",
+    "read_evaluation",
     "read_evidence",
     "read_geometry",
     "read_scores",
@@ -78,10 +80,24 @@ class Parity(_Read):
     positions: int
 
 
+class _Text(_Read):
+    before: float
+    after: float
+    tokens: int
+    rise: float
+
+
+class _Drift(_Read):
+    first_token: float | None = None
+    prompts: int = 0
+    text: _Text | None = None
+
+
 class _Measured(_Read):
     refusals: _Refusals
     paired: dict[str, dict[str, _Paired]] = {}
     parity: dict[str, Parity]
+    drift: _Drift = _Drift()
 
 
 # JSON has no keys but text.
@@ -168,6 +184,7 @@ class Manifest(_Read):
     measured: _Measured
     runtimes: dict[str, Served] = {}
     guard: _Guard
+    broken: list[str] = []
 
     def rate(self, when: Literal["before", "after"], runtime: str, role: str) -> Rate:
         """Refusals of a set in a runtime."""
@@ -271,6 +288,119 @@ class _Selection(_Read):
     chosen: _Candidate | None
 
 
+class _Refused(_Rate):
+    interval: tuple[float, float] = Field(strict=False)
+
+
+class _Side(_Read):
+    refusals: _Refused
+    words: float
+    repeated: float
+    broken: int
+
+
+class _Changed(_Paired):
+    p: float
+
+
+class _Asked(_Read):
+    set: str
+    language: str
+    thinking: bool | None
+    before: _Side | None
+    after: _Side
+    paired: _Changed | None
+
+
+class _Facts(_Read):
+    right: int
+    wrong: int
+    refused: int
+    unread: int
+
+
+class _Checked(_Read):
+    set: str
+    thinking: bool | None
+    before: _Facts | None
+    after: _Facts
+    gained: int
+    lost: int
+    p: float
+
+
+class _Quality(_Read):
+    read: int
+    unread: int
+    sound: int
+    errors: dict[str, int]
+
+
+class _Weighed(_Read):
+    set: str
+    before: _Quality | None
+    after: _Quality
+
+
+class _Divergence(_Read):
+    first_token: float
+    answers: float
+    largest: float
+    prompts: int
+    positions: int
+
+
+class _Metric(_Read):
+    value: float
+    stderr: float | None
+
+
+class _Metrics(_Read):
+    before: _Metric | None
+    after: _Metric
+
+
+class _Judge(_Read):
+    kind: Literal["keyword", "chat", "local"]
+    model: str | None
+
+
+class _Subject(_Read):
+    name: str
+    runtime: str
+
+
+class _Hashes(_Read):
+    fingerprint: str
+    prompts: list[str]
+
+
+class _Disjoint(_Read):
+    by_manifest: bool
+    seen: dict[str, _Hashes]
+    asked: dict[str, _Hashes]
+
+
+class Evaluation(_Read):
+    """What `bake eval` wrote; `bake` is the hash of the manifest of what was evaluated."""
+
+    format: Literal["bake.evaluation"]
+    version: Literal[1]
+    bake: str | None
+    model: _Subject
+    base: _Subject | None
+    judge: _Judge
+    answer_tokens: int
+    sets: list[_Asked]
+    facts: list[_Checked]
+    quality: list[_Weighed]
+    divergence: _Divergence | None
+    perplexity: _Text | None
+    missing: list[str]
+    capability: dict[str, dict[str, _Metrics]]
+    disjoint: _Disjoint
+
+
 @dataclass(frozen=True)
 class Score:
     """The figures of one direction, by where it was measured; `chosen` by `bake select`."""
@@ -293,6 +423,7 @@ class Evidence:
     answers: tuple[Answer, ...]
     scores: tuple[Score, ...] = ()
     geometry: Geometry | None = None
+    evaluation: Evaluation | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, answers: tuple[Answer, ...]) -> "Evidence":
@@ -313,7 +444,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_evidence(
-    folder: Path, geometry: Path | None = None, scores: Path | None = None
+    folder: Path,
+    geometry: Path | None = None,
+    scores: Path | None = None,
+    evaluation: Path | None = None,
 ) -> Evidence:
     """Read a baked folder, and files beside it.
 
@@ -328,6 +462,8 @@ def read_evidence(
         found = replace(found, geometry=mapped)
     if scores:
         found = replace(found, scores=tuple(read_scores(scores, manifest.model)))
+    if evaluation:
+        found = replace(found, evaluation=read_evaluation(evaluation, folder))
     return found
 
 
@@ -350,6 +486,16 @@ def read_answers(path: Path) -> tuple[Answer, ...]:
 def read_geometry(path: Path) -> Geometry:
     """A map of `bake geometry`; raises InputError where it is none."""
     return _parsed(Geometry, _json(path, "bake geometry"), path, "run `bake geometry` again")
+
+
+def read_evaluation(path: Path, folder: Path) -> Evaluation:
+    """What `bake eval` found of a baked folder; raises InputError where it is of another one."""
+    found = _parsed(Evaluation, _json(path, "bake eval"), path, "run `bake eval` again")
+    if found.bake != file_hash(folder / NAME):
+        raise InputError(
+            f"{path}: bake: is of another folder than {folder}; run `bake eval {folder}` again"
+        )
+    return found
 
 
 def read_scores(path: Path, model: str) -> list[Score]:

@@ -22,12 +22,14 @@ def report_to_file(
     geometry: Path | None = None,
     scores: Path | None = None,
     figures: Path | None = None,
+    evaluation: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Draw the report of a baked folder, and its figures as SVG into a folder of their own.
 
     `geometry` is a map of `bake geometry`, `scores` a choice of `bake select` or directions of
-    `bake fit`. Raises an InputError for a file that is not what it should be, OutputError for an
+    `bake fit`, `evaluation` what `bake eval` wrote of the folder. Raises an InputError for a file
+    that is not what it should be, OutputError for an
     output that exists, or that would change what was baked.
     """
     for path in (output, figures):
@@ -39,7 +41,7 @@ def report_to_file(
     check_file(output, overwrite)
     if figures:
         check_output(figures, overwrite)
-    evidence = read_evidence(folder, geometry, scores)
+    evidence = read_evidence(folder, geometry, scores, evaluation)
     text = _bytes(page(evidence))
     if figures:
         with staged(figures, overwrite) as staging:

@@ -17,7 +17,7 @@ from bake.card import JUDGES
 from bake.directions.value import FIGURES
 from bake.evaluate import Paired, Rate
 from bake.evidence import MOVED
-from bake.html.evidence import Answer, Evidence, Manifest, named_figures
+from bake.html.evidence import Answer, Evaluation, Evidence, Manifest, named_figures
 from bake.html.figures import drawn
 from bake.html.figures.scores import series_of
 from bake.html.figures.trades import kinds_of
@@ -69,6 +69,9 @@ def page(evidence: Evidence) -> str:
             for kind, pictures in figures.items()
         },
         geometry=evidence.geometry,
+        evaluation=evidence.evaluation,
+        eval_judge=_judge(evidence.evaluation),
+        thinking={None: "", True: ", thinking", False: ", not thinking"},
         curves=kinds_of(evidence.geometry) if evidence.geometry else {},
         series=series_of(evidence),
         chosen=any(one.chosen for one in evidence.scores),
@@ -141,6 +144,11 @@ def _sides(one: Answer) -> tuple[tuple[str, bool | None, str, str | None], ...]:
         ("before", one.refused_before, one.category_before, one.before),
         ("after", one.refused_after, one.category_after, one.after),
     )
+
+
+def _judge(found: Evaluation | None) -> str:
+    """Who judged an evaluation."""
+    return JUDGES[found.judge.kind].format(found.judge.model) if found else ""
 
 
 def _recipe(bake: Manifest) -> Recipe:

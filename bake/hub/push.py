@@ -119,6 +119,8 @@ def prepare_push(
     does not take, for a licence that is missing or forbids, and for an access token in a file.
     """
     evidence = Evidence.read(folder)
+    if failed := evidence.content.get("broken"):
+        raise GuardError(f"{folder}: is the evidence of a bake that broke its guard: {failed[0]}")
     outputs: dict[str, str] = evidence.content["outputs"]
     sizes = [path.stat().st_size for name in outputs if (path := folder / name).is_file()]
     with progress("verify", sum(sizes)) as done:
