@@ -393,6 +393,107 @@ def judge_command(
         click.echo(f"\nwritten: {output}")
 
 
+@cli.command("eval")
+@click.argument("folder", metavar="[DIR]", required=False)
+@_recipe_options
+@click.option("--base", metavar="ID|DIR|GGUF", help="What to compare with.")
+@click.option("--server", metavar="URL", help="An OpenAI-compatible server that has --model.")
+@click.option("--key", metavar="VARIABLE", help="The environment variable with its API key.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "llama.cpp"]),
+    help="Without it a .gguf runs in llama.cpp, all else in transformers.",
+)
+@click.option("--sets", metavar="SET,...", help="Roles, built-in sets or files, in place of all.")
+@click.option("--limit", type=click.IntRange(1), help="Prompts at most of each set and language.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 65536),
+    default=128,
+    show_default=True,
+    help="Tokens of an answer at most.",
+)
+@click.option(
+    "--thinking",
+    type=click.Choice(["on", "off"]),
+    multiple=True,
+    help="Set the chat template's enable_thinking; give both to compare.",
+)
+@click.option("--tasks", metavar="TASK,...", help="Tasks of lm-eval, as in mmlu,gsm8k.")
+@click.option("--task-limit", type=click.IntRange(1), help="Documents at most of each task.")
+@click.option("--task-path", metavar="DIR", help="A folder with tasks of your own.")
+@click.option("--fresh", is_flag=True, help="Ask again for answers that are cached.")
+@click.option("--output", metavar="FILE", help="A JSON file for the evidence.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def eval_command(
+    folder: str | None,
+    recipe: str | None,
+    model: str | None,
+    overrides: tuple[str, ...],
+    base: str | None,
+    server: str | None,
+    key: str | None,
+    runtime: Literal["transformers", "llama.cpp"] | None,
+    sets: str | None,
+    limit: int | None,
+    tokens: int,
+    thinking: tuple[str, ...],
+    tasks: str | None,
+    task_limit: int | None,
+    task_path: str | None,
+    fresh: bool,
+    output: str | None,
+    overwrite: bool,
+) -> None:
+    r"""Evaluate a baked folder beside its base, two models, a server, or a recipe's hooks.
+
+    \b
+    bake eval political-open
+    bake eval --base demo --model other.gguf
+    bake eval --server http://localhost:8000/v1 --model name
+    bake eval --recipe political-open.yaml
+    """
+    from pathlib import Path
+
+    from bake.evaluation.opened import Named
+    from bake.evaluation.to_file import Wanted, evaluate_to_file
+
+    if folder and (model or server):
+        raise click.UsageError("give a baked folder, or --model")
+    if not (folder or model or recipe):
+        raise click.UsageError("a baked folder, --model or --recipe is missing")
+    if server and not model:
+        raise click.UsageError("--server needs --model, the server's name for it")
+    if key and not server:
+        raise click.UsageError("--key is of a --server")
+    if server and runtime:
+        raise click.UsageError("--server has its own runtime; leave --runtime out")
+    if (task_limit or task_path) and not tasks:
+        raise click.UsageError("--task-limit and --task-path are of --tasks")
+    given = Named(
+        *(Path(folder) if folder else None, model, base, server, key, recipe, overrides, runtime)
+    )
+    if given.hooks and runtime == "llama.cpp":
+        raise click.UsageError("a recipe's hooks run in transformers; give a model to llama.cpp")
+    wanted = Wanted(
+        *(_listed(sets), limit, tokens),
+        thinking=tuple(one == "on" for one in dict.fromkeys(thinking)),
+        fresh=fresh,
+        tasks=_listed(tasks),
+        task_limit=task_limit,
+        task_path=Path(task_path) if task_path else None,
+    )
+    path = Path(output) if output else None
+    evaluate_to_file(given, wanted, path, overwrite, show=click.echo)
+    if output:
+        click.echo(f"\nwritten: {output}")
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    return tuple(one.strip() for one in (text or "").split(",") if one.strip())
+
+
 @cli.command("geometry")
 @_recipe_options
 @click.option("--output", metavar="FILE", help="The JSON file to write.")
@@ -539,6 +640,7 @@ def _pair(given: str) -> tuple[str, str]:
 @click.option(
     "--selection", metavar="FILE", help="A JSON of `bake select`, or directions of `bake fit`."
 )
+@click.option("--evaluation", metavar="FILE", help="A JSON of `bake eval` of this folder.")
 @click.option("--figures", metavar="DIR", help="A folder for the figures as SVG.")
 @click.option("--overwrite", is_flag=True, help="Replace what is written if it exists.")
 def report_command(
@@ -546,6 +648,7 @@ def report_command(
     output: str | None,
     geometry: str | None,
     selection: str | None,
+    evaluation: str | None,
     figures: str | None,
     overwrite: bool,
 ) -> None:
@@ -557,6 +660,7 @@ def report_command(
     if not output:
         raise click.UsageError("--output is missing")
     given = {"geometry": geometry, "scores": selection, "figures": figures}
+    given["evaluation"] = evaluation
     beside = {name: Path(one) for name, one in given.items() if one}
     report_to_file(Path(folder), Path(output), overwrite=overwrite, **beside)
     click.echo(f"written: {output}" + (f", {figures}" if figures else ""))

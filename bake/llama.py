@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from os import PathLike, fspath
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import llama_cpp
@@ -30,6 +30,7 @@ __all__ = ["LlamaModel"]
 
 _BATCH = 512
 """Most tokens of one `llama_decode`."""
+NOTHING: Mapping[str, bool] = MappingProxyType({})
 _ERROR, _CONTINUED = 4, 5
 """Levels of `enum ggml_log_level` (ggml's include/ggml.h)."""
 
@@ -231,29 +232,36 @@ class LlamaModel:
             yield token
             slot.pending = [token]
 
-    def render(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+    def render(
+        self, turns: Sequence[tuple[str, str]], switches: Mapping[str, bool] = NOTHING
+    ) -> list[int]:
         """The tokens of a conversation by the file's own chat template, up to the next answer.
 
-        `turns` are pairs of a role and its words. Raises `GGUFError` where the file has no
-        template or no vocabulary, or where the template refuses the turns.
+        `turns` are pairs of a role and its words, `switches` what the template reads beside them.
+        Raises `GGUFError` where the file has no template or no vocabulary, or where the template
+        refuses the turns.
         """
         if llama_cpp.llama_vocab_type(self._vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
             raise GGUFError(f"{self._path}: has no vocabulary; give a GGUF of a chat model")
         try:
-            text = self.templated([{"role": role, "content": words} for role, words in turns])
+            messages = [{"role": role, "content": words} for role, words in turns]
+            text = self.templated(messages, (), switches)
         except (TemplateError, ValueError, TypeError) as error:
             raise GGUFError(f"{self._path}: its chat template refuses this: {error}") from error
         return self.tokenize(text)
 
     def templated(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        switches: Mapping[str, bool] = NOTHING,
     ) -> str:
         """A conversation as text, by llama-cpp-python's own formatter, as its server does.
 
         Messages and tools as in OpenAI's API. Raises `GGUFError` where the file has no template,
         and whatever the template does where it refuses the messages.
         """
-        template = llama_cpp.llama_model_chat_template(self._model, None)
+        template = self.template
         if not template:
             raise GGUFError(
                 f"{self._path}: has no tokenizer.chat_template; give a GGUF of a chat model"
@@ -264,8 +272,15 @@ class LlamaModel:
         )
         # A token that the vocabulary has not is -1.
         end, begin = (self.detokenize([token]) if token >= 0 else "" for token in map(int, ends))
-        formatter: Any = Jinja2ChatFormatter(template.decode("utf-8", "replace"), end, begin)
-        return str(formatter(messages=list(map(dict, messages)), tools=list(tools) or None).prompt)
+        formatter: Any = Jinja2ChatFormatter(template, end, begin)
+        turns, given = list(map(dict, messages)), list(tools) or None
+        return str(formatter(messages=turns, tools=given, **switches).prompt)
+
+    @property
+    def template(self) -> str:
+        """The file's own chat template; empty where it has none."""
+        found = llama_cpp.llama_model_chat_template(self._model, None)
+        return found.decode("utf-8", "replace") if found else ""
 
     def set_control_vector(self, vectors: Tensor | None) -> None:
         """Add row L of `vectors`, [layers, hidden], to the output of block L; None ends it.

@@ -30,10 +30,10 @@ from bake.recipe import Recipe, restore_recipe
 from bake.record import DIRECTIONS, KEPT
 from bake.source import find_source
 
-__all__ = ["Baked"]
+__all__ = ["Baked", "base_folder", "deciding", "named_gguf", "other_file"]
 
 # What decides a base's logits and tokens; its README may change on the Hub.
-_DECIDING = re.compile(
+DECIDING = re.compile(
     r"config\.json|.*\.safetensors|tokenizer.*|.*\.model|vocab.*|merges.*|chat_template.*"
 )
 
@@ -63,11 +63,9 @@ class Baked:
         recipe, inputs = _recipe(folder, manifest), manifest.get("inputs")
         if not isinstance(inputs, dict):
             raise ManifestError(f"{folder / NAME}: inputs: expected the hashes of the base's files")
-        place = base or _base_folder(recipe)
+        place = base or base_folder(recipe)
         found = Checkpoint.open(place)
-        files = [shard.file for shard in found.shards] + list(found.sidecars())
-        deciding = [path for path in files if _DECIDING.fullmatch(path.name)]
-        if other := _other(deciding, inputs):
+        if other := other_file(deciding(found), inputs):
             raise CheckpointError(
                 f"{other}: is not the file that was baked ({folder / NAME}, inputs); give that "
                 "revision of the base with --base"
@@ -120,7 +118,7 @@ class Baked:
             return None
         if given != TEXT:
             path = Path(given)
-            if not path.is_file() or _other([path], self.inputs):
+            if not path.is_file() or other_file([path], self.inputs):
                 raise GGUFError(
                     f"{path}: is not the importance matrix that was baked with, or not there "
                     f"({self.folder / NAME}, inputs); put that one there"
@@ -136,7 +134,7 @@ class Baked:
         Raises GGUFError where it is not there or another one, InputError for one that the recipe
         does not know.
         """
-        named = _named_gguf(self.recipe)
+        named = named_gguf(self.recipe)
         if given and not named:
             raise InputError(
                 f"--base-gguf {given}: {self.folder} was made without a GGUF of the base; leave "
@@ -148,7 +146,7 @@ class Baked:
         if not path.is_file():
             raise GGUFError(f"{path}: no such file; give the GGUF that was baked with --base-gguf")
         parts = [part.path for part in GGUFFile.open(path).files]
-        if named and (other := _other(parts, self.inputs)):
+        if named and (other := other_file(parts, self.inputs)):
             raise GGUFError(
                 f"{other}: is not the file that was baked ({self.folder / NAME}, inputs); give "
                 "that one with --base-gguf"
@@ -156,7 +154,13 @@ class Baked:
         return path
 
 
-def _other(files: Sequence[Path], inputs: Mapping[str, str]) -> Path | None:
+def deciding(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a checkpoint that decide its logits and tokens."""
+    files = [shard.file for shard in checkpoint.shards] + list(checkpoint.sidecars())
+    return [path for path in files if DECIDING.fullmatch(path.name)]
+
+
+def other_file(files: Sequence[Path], inputs: Mapping[str, str]) -> Path | None:
     """The first of some files that does not have the hash of a bake's input; all are read once."""
     with progress("base", sum(path.stat().st_size for path in files)) as update:
         for path in files:
@@ -172,7 +176,7 @@ def _recipe(folder: Path, manifest: Mapping[str, Any]) -> Recipe:
     raise ManifestError(f"{folder / NAME}: recipe: expected its text, source and overrides")
 
 
-def _base_folder(recipe: Recipe) -> Path:
+def base_folder(recipe: Recipe) -> Path:
     """Where the recipe has its base checkpoint."""
     exported = recipe.export.model_copy(update={"gguf": None})
     try:
@@ -181,7 +185,7 @@ def _base_folder(recipe: Recipe) -> Path:
         raise CheckpointError(f"{error}; or name the base's folder with --base") from error
 
 
-def _named_gguf(recipe: Recipe) -> Path | None:
+def named_gguf(recipe: Recipe) -> Path | None:
     """The base GGUF of a recipe, where it has one."""
     base = recipe.export.gguf.base if recipe.export.gguf else None
     if base == "demo":

@@ -17,7 +17,7 @@ from bake.model import LiveModel
 from bake.source import find_folder
 from bake.talk.streamed import streamed
 
-__all__ = ["RUNTIMES", "Runtime", "Speaker", "Turn", "pieces", "speaker"]
+__all__ = ["RUNTIMES", "Runtime", "Speaker", "Turn", "find_gguf", "pieces", "speaker"]
 
 Runtime = Literal["transformers", "llama.cpp"]
 RUNTIMES: tuple[Runtime, ...] = ("transformers", "llama.cpp")
@@ -44,7 +44,7 @@ def speaker(model: str, runtime: Runtime | None, context: int) -> AbstractContex
     if runtime == "transformers" and of_gguf:
         raise GGUFError(f"{model}: transformers reads folders; take --runtime llama.cpp")
     if of_gguf or runtime == "llama.cpp":
-        return _llama(_gguf(model), context)
+        return _llama(find_gguf(model), context)
     return _transformers(find_folder(model))
 
 
@@ -96,7 +96,7 @@ class _Llama:
         return pieces(self._model.stream(prompt, tokens), self._model.detokenize)
 
 
-def _gguf(model: str) -> Path:
+def find_gguf(model: str) -> Path:
     """A GGUF by its own name, the demo's, or the one of a baked folder."""
     if model == "demo":
         from bake.demo import materialise

@@ -1,0 +1,115 @@
+"""An evaluation from what was named to a table and a file of evidence."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bake.errors import InputError
+from bake.evaluation import capability
+from bake.evaluation.disjoint import check_splits, proved
+from bake.evaluation.opened import Named, Opened, named, replies
+from bake.evaluation.result import FORMAT, Evaluation
+from bake.evaluation.run import Asking, evaluate
+from bake.evaluation.sets import chosen_sets
+from bake.evaluation.subject import Manner
+from bake.judge.choice import find_asker, find_judge
+from bake.judge.thinking import Thinking
+from bake.manifest import file_hash, versions
+from bake.staging import check_file, staged_file
+
+__all__ = ["Wanted", "evaluate_to_file"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked: `sets` by name, all without; `limit` prompts of each; answers of `tokens`.
+
+    `thinking` lists the settings of a template's switch that are tried, and leaves it alone where
+    it is empty. `tasks` are the harness's, `task_limit` documents of each, `task_path` a folder of
+    further ones. `fresh` asks again for what is cached.
+    """
+
+    sets: tuple[str, ...] = ()
+    limit: int | None = None
+    tokens: int = 128
+    thinking: tuple[bool, ...] = ()
+    fresh: bool = False
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    task_path: Path | None = None
+
+
+def evaluate_to_file(
+    given: Named,
+    wanted: Wanted,
+    output: Path | None = None,
+    overwrite: bool = False,
+    show: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
+    """Evaluate what was named, show the table, and write the evidence where there is an `output`.
+
+    Every set is proved disjoint from what the recipe's fit and search see before anything is
+    asked. Answers are kept as they come, so that a run which was cut off goes on. Raises an
+    InputError for what cannot be found, asked or judged; the file appears when it is complete.
+    """
+    if output:
+        check_file(output, overwrite)
+    if wanted.tasks:
+        capability.need_harness()
+    with named(given) as opened:
+        if opened.manifest is not None and given.recipe is None:
+            check_splits(opened.splits, opened.manifest, opened.place)
+        if wanted.tasks and opened.folder is None:
+            raise InputError("--tasks: the harness runs checkpoints; give a folder or a Hub id")
+        found = _evaluated(opened, wanted)
+        show(found.table())
+        if output:
+            values = {**_about(opened, wanted), **found.as_json()}
+            text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+            with staged_file(output, overwrite) as staging:
+                staging.write_text(f"{text}\n", encoding="utf-8", errors="replace")
+    return found
+
+
+def _evaluated(opened: Opened, wanted: Wanted) -> Evaluation:
+    recipe = opened.recipe
+    sets = chosen_sets(recipe, opened.splits, wanted.sets, wanted.limit)
+    proof = proved(sets, opened.splits, opened.manifest is not None)
+    marks = Thinking(recipe.judge.thinking.begin, recipe.judge.thinking.end)
+    modes: Sequence[bool | None] = wanted.thinking or (None,)
+    asking = Asking(
+        sets,
+        opened.splits["text"].test[: wanted.limit],
+        [Manner(wanted.tokens, recipe.system_prompt, mode, marks) for mode in modes],
+        *(find_judge(recipe.judge), find_asker(recipe.judge), replies(), proof, wanted.fresh),
+    )
+    found = evaluate(opened.base, opened.model, asking)
+    if not wanted.tasks:
+        return found
+    assert opened.folder is not None
+    how = (wanted.tasks, wanted.task_limit, wanted.task_path)
+    before = capability.measured(opened.base_folder, *how) if opened.base_folder else None
+    after = capability.measured(opened.folder, *how)
+    return replace(found, capability=capability.compared(before, after))
+
+
+def _about(opened: Opened, wanted: Wanted) -> dict[str, Any]:
+    """What was evaluated, and how."""
+    recipe, base, model = opened.recipe, opened.base, opened.model
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "model": {"name": model.name, "runtime": model.runtime, "identity": model.identity},
+        "base": {"name": base.name, "runtime": base.runtime, "identity": base.identity}
+        if base
+        else None,
+        "bake": file_hash(Path(opened.place)) if opened.manifest is not None else None,
+        "recipe": {"name": recipe.name, "sha256": opened.loaded.sha256},
+        "judge": {"kind": recipe.judge.kind, "model": recipe.judge.model},
+        "answer_tokens": wanted.tokens,
+        "limit": wanted.limit,
+        "system_prompt": recipe.system_prompt,
+        "versions": versions(),
+    }
