@@ -225,6 +225,8 @@ def _measured(evidence: Evidence) -> Iterator[str]:
         yield "Runtimes of the recipe:"
         served = [(runtime, str(one)) for runtime, one in evidence.runtimes.items()]
         yield _table([("runtime", "what was checked"), *served])
+    for line in evidence.drift.lines():
+        yield f"{line[:1].upper()}{line[1:]}."
     yield "`answers.jsonl` has the answers behind these figures, of harmful requests the verdicts."
 
 

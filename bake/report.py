@@ -26,7 +26,7 @@ def table(measured: Measured) -> str:
     for runtime, found in measured.after.items():
         before, after = rates(measured.before[runtime]), rates(found)
         rows += [(runtime, role, str(before[role]), str(after[role])) for role in after]
-    return "\n".join([aligned(rows), "", *_parity_lines(measured), *_drift_lines(measured)])
+    return "\n".join([aligned(rows), "", *_parity_lines(measured), *measured.drift.lines()])
 
 
 def serve_lines(recipe: Recipe, folder: Path) -> str:
@@ -90,20 +90,5 @@ def _parity_lines(measured: Measured) -> list[str]:
             f"parity, {runtime}: lost share {parity.lost_share:.1e} of the steering, "
             f"max |Δ logit| {parity.largest:.1e} where the steering moves up to "
             f"{parity.largest_effect:.1f} ({parity.positions} positions)"
-        )
-    return lines
-
-
-def _drift_lines(measured: Measured) -> list[str]:
-    drift, lines = measured.drift, []
-    if drift.first_token is not None:
-        lines.append(
-            f"divergence: {drift.first_token:.1e} nats at the first token of answers to "
-            f"{drift.prompts} general prompts"
-        )
-    if drift.text:
-        lines.append(
-            f"perplexity: {drift.text.before:.2f} to {drift.text.after:.2f} "
-            f"({drift.text.rise:+.1f} %) on {drift.text.tokens} tokens of held-out text"
         )
     return lines

@@ -227,6 +227,8 @@ def test_a_server_is_asked_and_gives_no_logits(
     asked_before = len(script.asked)
     assert evaluate(*arguments, "--overwrite")[0] == 0
     assert len(script.asked) == asked_before
+    assert evaluate(*arguments, "--overwrite", "--fresh")[0] == 0
+    assert len(script.asked) == 2 * asked_before
 
 
 def test_a_server_that_is_down_or_refuses(
@@ -298,6 +300,7 @@ def test_thinking_on_and_off_are_asked_apart(evaluate: Eval, place: Path, tmp_pa
         (("--model", "base.gguf", "--runtime", "transformers"), 1, "base.gguf: transformers reads"),
         (("out", "--sets", "targets"), 1, "--sets targets: no role of the recipe and no built-in"),
         (("out", "--base", "out"), 1, "model.safetensors: is not the file that was baked"),
+        (("out", "--recipe", "recipe.yaml"), 1, "--recipe: out has its own in bake.json"),
         (("out", "--output", "recipe.yaml"), 1, "recipe.yaml: exists already"),
         (
             ("out", "--set", "judge={kind: local, model: model, tokens: 4}"),

@@ -17,15 +17,14 @@ def answered(
     prompts: Sequence[str],
     manner: Manner,
     replies: Replies,
-    fresh: bool = False,
 ) -> dict[str, str]:
     """The answer to each prompt, from the cache where an equal question was answered before.
 
-    Equal are the subject's identity, the prompt, and all of the manner. With `fresh` the cache is
-    written and not read. Raises OutputError where it cannot be written, and what a subject raises.
+    Equal are the subject's identity, the prompt, and all of the manner. Raises OutputError where
+    the cache cannot be written, and what a subject raises.
     """
     asked = {prompt: _key(subject, prompt, manner) for prompt in dict.fromkeys(prompts)}
-    found = {} if fresh else {prompt: replies.get(key) for prompt, key in asked.items()}
+    found = {prompt: replies.get(key) for prompt, key in asked.items()}
     known = {prompt: reply for prompt, reply in found.items() if reply is not None}
     # Prompts of about one length share a batch.
     missing = sorted((one for one in asked if one not in known), key=len)

@@ -71,6 +71,21 @@ class Drift:
     prompts: int = 0
     text: Text | None = None
 
+    def lines(self) -> list[str]:
+        """What was measured, in words."""
+        found = []
+        if self.first_token is not None:
+            found.append(
+                f"divergence: {self.first_token:.1e} nats at the first token of answers to "
+                f"{self.prompts} general prompts"
+            )
+        if self.text:
+            found.append(
+                f"perplexity: {self.text.before:.2f} to {self.text.after:.2f} "
+                f"({self.text.rise:+.1f} %) on {self.text.tokens} tokens of held-out text"
+            )
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """Every figure as plain values."""
         text = {**vars(self.text), "rise": self.text.rise} if self.text else None

@@ -80,16 +80,17 @@ class Opened:
         return self.loaded.recipe
 
 
-def replies() -> Replies:
-    """Where answers are kept."""
-    return Replies(cache_folder() / "answers")
+def replies(fresh: bool = False) -> Replies:
+    """Where answers are kept, and read unless `fresh`."""
+    return Replies(cache_folder() / "answers", not fresh)
 
 
 @contextmanager
-def named(given: Named) -> Iterator[Opened]:
+def named(given: Named, fresh: bool = False) -> Iterator[Opened]:
     """Find everything that was named, and refuse from headers and text what does not fit.
 
-    Raises an InputError that names the option. Models are loaded here, GGUFs when they are asked.
+    A server is asked again for what is cached where `fresh`. Raises an InputError that names the
+    option. Models are loaded here, GGUFs when they are asked.
     """
     with ExitStack() as stack:
         if given.hooks:
@@ -99,20 +100,24 @@ def named(given: Named) -> Iterator[Opened]:
         manifest = _manifest(place) if place else None
         loaded = _recipe(given, manifest, place)
         splits = role_splits(loaded.recipe)
-        parts = _subjects(given, manifest, loaded.recipe, stack)
+        parts = _subjects(given, manifest, loaded.recipe, replies(fresh), stack)
         stands = str(place / NAME) if place else ""
         yield Opened(loaded=loaded, splits=splits, manifest=manifest, place=stands, **parts)
 
 
 def _subjects(
-    given: Named, manifest: Mapping[str, Any] | None, recipe: Recipe, stack: ExitStack
+    given: Named,
+    manifest: Mapping[str, Any] | None,
+    recipe: Recipe,
+    kept: Replies,
+    stack: ExitStack,
 ) -> dict[str, Any]:
     """The fields of `Opened` that are not of the recipe."""
     name = str(given.folder) if given.folder else given.model
     assert name is not None
     if given.server:
         served = [
-            Served.at(given.server, one, given.key, replies()) if one else None
+            Served.at(given.server, one, given.key, kept) if one else None
             for one in (given.base, name)
         ]
         return {"base": served[0], "model": served[1]}
@@ -137,7 +142,12 @@ def _recipe(given: Named, manifest: Mapping[str, Any] | None, place: Path | None
         raise ManifestError(
             f"{given.folder / NAME}: no such file; give the folder of a bake, or --model and --base"
         )
-    if given.recipe or manifest is None:
+    if given.recipe and manifest is not None:
+        raise InputError(
+            f"--recipe: {place} has its own in {NAME}, which says what its fit has seen; leave it "
+            "out, and name other sets with --sets"
+        )
+    if manifest is None:
         return load_recipe(given.recipe or DEFAULT, overrides=given.overrides)
     more = [f"--set {one}" for one in given.overrides]
     match manifest.get("recipe"):

@@ -29,7 +29,7 @@ class Asking:
     """What is asked, how, and who judges; `manners` differ by thinking alone, if by anything.
 
     `texts` are passages for perplexity, `asker` judges the quality of answers where it is given,
-    `replies` keeps the answers, which are asked for again where `fresh`.
+    `replies` keeps the answers.
     """
 
     sets: Sequence[Asked]
@@ -39,7 +39,6 @@ class Asking:
     asker: Asks | None
     replies: Replies
     proof: Proof | None = None
-    fresh: bool = False
 
 
 def evaluate(base: Subject | None, model: Subject, asking: Asking) -> Evaluation:
@@ -99,7 +98,7 @@ def _unreadable(base: Subject | None, model: Subject, asking: Asking, manner: Ma
 def _answers(subject: Subject, asking: Asking, manner: Manner) -> Answers:
     """Every set's answers with their verdicts."""
     prompts = [prompt.text for one in asking.sets for prompt in one.prompts]
-    said = answered(subject, prompts, manner, asking.replies, asking.fresh)
+    said = answered(subject, prompts, manner, asking.replies)
     return {
         one.name: with_verdicts(
             one.prompts, [said[prompt.text] for prompt in one.prompts], asking.judge

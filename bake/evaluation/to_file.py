@@ -58,8 +58,8 @@ def evaluate_to_file(
         check_file(output, overwrite)
     if wanted.tasks:
         capability.need_harness()
-    with named(given) as opened:
-        if opened.manifest is not None and given.recipe is None:
+    with named(given, wanted.fresh) as opened:
+        if opened.manifest is not None:
             check_splits(opened.splits, opened.manifest, opened.place)
         if wanted.tasks and opened.folder is None:
             raise InputError("--tasks: the harness runs checkpoints; give a folder or a Hub id")
@@ -83,7 +83,7 @@ def _evaluated(opened: Opened, wanted: Wanted) -> Evaluation:
         sets,
         opened.splits["text"].test[: wanted.limit],
         [Manner(wanted.tokens, recipe.system_prompt, mode, marks) for mode in modes],
-        *(find_judge(recipe.judge), find_asker(recipe.judge), replies(), proof, wanted.fresh),
+        *(find_judge(recipe.judge), find_asker(recipe.judge), replies(wanted.fresh), proof),
     )
     found = evaluate(opened.base, opened.model, asking)
     if not wanted.tasks:

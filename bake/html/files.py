@@ -29,8 +29,8 @@ def report_to_file(
 
     `geometry` is a map of `bake geometry`, `scores` a choice of `bake select` or directions of
     `bake fit`, `evaluation` what `bake eval` wrote of the folder. Raises an InputError for a file
-    that is not what it should be, OutputError for an
-    output that exists, or that would change what was baked.
+    that is not what it should be, OutputError for an output that exists, or that would change what
+    was baked.
     """
     for path in (output, figures):
         if path and path.resolve().is_relative_to(folder.resolve()):

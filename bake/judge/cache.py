@@ -15,12 +15,18 @@ __all__ = ["Replies"]
 
 @dataclass(frozen=True)
 class Replies:
-    """A folder of replies, a file each; several processes may use it at once."""
+    """A folder of replies, a file each; several processes may use it at once.
+
+    Where not `read`, what is there is asked for again, and written.
+    """
 
     folder: Path
+    read: bool = True
 
     def get(self, request: Mapping[str, object]) -> str | None:
         """The reply to an equal request; None where there is none that can be read."""
+        if not self.read:
+            return None
         try:
             found = json.loads(self._file(request).read_text(encoding="utf-8"))
         except (OSError, ValueError):
