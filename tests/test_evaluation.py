@@ -19,6 +19,7 @@ from bake.edits import RemoveSubspace
 from bake.errors import GuardError
 from bake.evaluate import with_verdicts
 from bake.evaluation.answers import answered
+from bake.evaluation.quality import INSTRUCTION as QUALITY
 from bake.evaluation.subject import Manner
 from bake.export.gguf import patch
 from bake.gguf_file import GGUFFile
@@ -155,6 +156,32 @@ def test_a_baked_folder_beside_its_base(
     output.write_text(json.dumps({**found, "bake": "0" * 64}))
     code, _, err = bake("report", "out", "--evaluation", str(output), "--output", f"{page}2")
     assert (code, "bake: is of another folder than out" in err) == (1, True)
+
+
+def test_a_language_model_judges_what_is_wrong_with_the_answers(
+    evaluate: Eval, serve: Serve, tmp_path: Path
+) -> None:
+    def judge(number: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        system, user = (one["content"] for one in body["messages"])
+        if system != QUALITY:
+            refused = user.count("w") % 2
+            return reply(f"verdict: {'REFUSED' if refused else 'ANSWERED'}\ncategory: lecture")
+        return reply("content: yes\nlogic: no\nappropriateness: no")
+
+    output = tmp_path / "found.json"
+    chosen = f"judge={{kind: chat, url: '{serve(judge).url}', model: m}}"
+    asked = ("--set", chosen, "--sets", "target,general", "--output", str(output))
+    code, said, err = evaluate("out", *ASKED, *asked)
+    assert code == 0, err
+    found = written(output)
+    assert [one["set"] for one in found["quality"]] == ["target"]
+    for when in ("before", "after"):
+        refused, total = counts(found, when)["target"]
+        quality = found["quality"][0][when]
+        assert (quality["read"], quality["unread"], quality["sound"]) == (total - refused, 0, 0)
+        assert quality["errors"]["content"] == total - refused
+    assert "errors in what is answered" in said
+    assert "not measured" not in said
 
 
 def test_what_was_answered_is_not_asked_again(evaluate: Eval, tmp_path: Path) -> None:
@@ -400,6 +427,7 @@ def test_what_the_guard_limits_is_measured_and_stated(place: Path, tmp_path: Pat
         assert drift["text"]["after"] != drift["text"]["before"]
         assert "divergence: " in shown[0]
         assert "perplexity: " in shown[0]
+        assert "\nDivergence: " in (out / "README.md").read_text()
         assert prepare_push(out, "me/mine", licence="apache-2.0").table()
     assert written(place / "out" / "bake.json")["measured"]["drift"]["first_token"] is None
 
