@@ -466,6 +466,8 @@ def eval_command(
         raise click.UsageError("--server needs --model, the server's name for it")
     if key and not server:
         raise click.UsageError("--key is of a --server")
+    if server:
+        _check_url(server)
     if server and runtime:
         raise click.UsageError("--server has its own runtime; leave --runtime out")
     if (task_limit or task_path) and not tasks:
@@ -487,6 +489,23 @@ def eval_command(
     evaluate_to_file(given, wanted, path, overwrite, show=click.echo)
     if output:
         click.echo(f"\nwritten: {output}")
+
+
+def _check_url(url: str) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from bake.recipe_values import Url
+
+    if "@" in url.partition("://")[2].partition("/")[0]:  # which no message may repeat
+        raise click.UsageError(
+            "--server: has a name or a password, and evidence is published; name the environment "
+            "variable that holds the key with --key"
+        )
+    try:
+        TypeAdapter(Url).validate_python(url)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise click.UsageError(f"--server: {reason}") from error
 
 
 def _listed(text: str | None) -> tuple[str, ...]:

@@ -320,6 +320,8 @@ def test_thinking_on_and_off_are_asked_apart(evaluate: Eval, place: Path, tmp_pa
         ((), 2, "a baked folder, --model or --recipe is missing"),
         (("out", "--model", "model"), 2, "give a baked folder, or --model"),
         (("--server", "http://x/v1"), 2, "a baked folder, --model or --recipe is missing"),
+        (("--server", "ftp://x", "--model", "m"), 2, "--server: "),
+        (("--server", "http://me:secret@x/v1", "--model", "m"), 2, "has a name or a password"),
         (("out", "--key", "KEY"), 2, "--key is of a --server"),
         (("out", "--task-limit", "3"), 2, "--task-limit and --task-path are of --tasks"),
         (("model",), 1, "model/bake.json: no such file; give the folder of a bake, or --model"),
@@ -347,6 +349,7 @@ def test_bad_input_is_one_line(
     found, out, err = evaluate(*arguments, *(ASKED if arguments else ()))
     assert found == code
     assert said in err
+    assert "secret" not in err
     assert out == ""
 
 
