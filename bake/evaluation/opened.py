@@ -29,7 +29,7 @@ from bake.source import find_folder
 from bake.talk.speaker import find_gguf
 from bake.work import Work
 
-__all__ = ["Named", "Opened", "named", "replies"]
+__all__ = ["Named", "Opened", "Source", "opened", "replies", "source_of"]
 
 # Whose prompts and judge are taken where nothing names a recipe.
 DEFAULT = "political-open"
@@ -58,26 +58,31 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """Two subjects, `base` None where there is none; the recipe, and the splits of its prompts.
+class Source:
+    """The recipe whose prompts and judge are taken, and what its fit has seen.
 
-    `manifest` is that of the bake which is evaluated. The folders are those of checkpoints, for
-    the harness.
+    `manifest` is that of the bake which is evaluated, if one is, and stands at `place`.
     """
 
-    base: Subject | None
-    model: Subject
     loaded: LoadedRecipe
     splits: Mapping[str, Splits]
-    manifest: Mapping[str, Any] | None
-    place: str
-    base_folder: Path | None = None
-    folder: Path | None = None
+    manifest: Mapping[str, Any] | None = None
+    place: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe whose prompts and judge are taken."""
+        """The recipe itself."""
         return self.loaded.recipe
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Two subjects, `base` None where there is none; checkpoints' folders, for the harness."""
+
+    base: Subject | None
+    model: Subject
+    base_folder: Path | None = None
+    folder: Path | None = None
 
 
 def replies(fresh: bool = False) -> Replies:
@@ -85,45 +90,50 @@ def replies(fresh: bool = False) -> Replies:
     return Replies(cache_folder() / "answers", not fresh)
 
 
-@contextmanager
-def named(given: Named, fresh: bool = False) -> Iterator[Opened]:
-    """Find everything that was named, and refuse from headers and text what does not fit.
+def source_of(given: Named) -> Source:
+    """The recipe that was named, or that of the bake, with its prompts; no model is looked at.
 
-    A server is asked again for what is cached where `fresh`. Raises an InputError that names the
-    option. Models are loaded here, GGUFs when they are asked.
+    Raises ManifestError, RecipeError or PromptError.
     """
+    if given.hooks:
+        assert given.recipe is not None
+        loaded = load_recipe(given.recipe, overrides=given.overrides, model=given.model)
+        return Source(loaded, role_splits(loaded.recipe))
+    place = given.folder or (Path(given.model) if given.model and not given.server else None)
+    manifest = _manifest(place) if place else None
+    loaded = _recipe(given, manifest, place)
+    stands = place / NAME if manifest is not None and place else None
+    return Source(loaded, role_splits(loaded.recipe), manifest, stands)
+
+
+@contextmanager
+def opened(given: Named, source: Source, fresh: bool = False) -> Iterator[Opened]:
+    """The subjects; a server is asked again for what is cached where `fresh`.
+
+    Checkpoints are loaded here, GGUFs when they are asked. Raises an InputError for a model that
+    is not there, or whose base is not the one that was baked.
+    """
+    name = str(given.folder) if given.folder else given.model
     with ExitStack() as stack:
         if given.hooks:
-            yield _hooked(given)
-            return
-        place = given.folder or (Path(given.model) if given.model and not given.server else None)
-        manifest = _manifest(place) if place else None
-        loaded = _recipe(given, manifest, place)
-        splits = role_splits(loaded.recipe)
-        parts = _subjects(given, manifest, loaded.recipe, replies(fresh), stack)
-        stands = str(place / NAME) if place else ""
-        yield Opened(loaded=loaded, splits=splits, manifest=manifest, place=stands, **parts)
-
-
-def _subjects(
-    given: Named,
-    manifest: Mapping[str, Any] | None,
-    recipe: Recipe,
-    kept: Replies,
-    stack: ExitStack,
-) -> dict[str, Any]:
-    """The fields of `Opened` that are not of the recipe."""
-    name = str(given.folder) if given.folder else given.model
-    assert name is not None
-    if given.server:
-        served = [
-            Served.at(given.server, one, given.key, kept) if one else None
-            for one in (given.base, name)
-        ]
-        return {"base": served[0], "model": served[1]}
-    if _in_llama(given, name, manifest):
-        return _ggufs(given, name, manifest, recipe, stack)
-    return _checkpoints(given, name, manifest, recipe)
+            yield _hooked(source)
+        elif given.server:
+            assert name is not None
+            kept = replies(fresh)
+            base, model = (
+                Served.at(given.server, one, given.key, kept) if one else None
+                for one in (given.base, name)
+            )
+            assert model is not None
+            yield Opened(base, model)
+        else:
+            assert name is not None
+            in_llama = _in_llama(given, name, source.manifest)
+            yield (
+                _ggufs(given, name, source, stack)
+                if in_llama
+                else _checkpoints(given, name, source)
+            )
 
 
 def _manifest(place: Path) -> dict[str, Any] | None:
@@ -157,23 +167,20 @@ def _recipe(given: Named, manifest: Mapping[str, Any] | None, place: Path | None
     raise ManifestError(f"{place}/{NAME}: recipe: expected its text, source and overrides")
 
 
-def _hooked(given: Named) -> Opened:
+def _hooked(source: Source) -> Opened:
     """The recipe's base, and the same with the recipe's interventions on it."""
-    assert given.recipe is not None
-    loaded = load_recipe(given.recipe, overrides=given.overrides, model=given.model)
-    recipe = loaded.recipe
+    recipe = source.recipe
     torch.manual_seed(recipe.seed)
     ready = prepare(recipe)
-    hashes = base_hashes(ready)
-    run = run_of(ready, hashes)
+    run = run_of(ready, base_hashes(ready))
     model = LiveModel.load(ready.base.folder, ready.arch, system=recipe.system_prompt)
     working = replace(model, work=Work(journal=Journal.of(run)))
     fitted = fit_of(ready, working, find_judge(recipe.judge))
     base = Live(recipe.model, model, _identity(ready.base), (), recipe.evaluate.batch)
-    identity = {"hooks": run, **_versions()}
+    seen = hashed([run, ready.fingerprints, ready.directions_hash])
+    identity: dict[str, object] = {"hooks": seen, **_versions()}
     hooked = Live(recipe.name, model, identity, fitted.interventions, recipe.evaluate.batch)
-    splits = {**ready.splits, "text": ready.texts}
-    return Opened(base, replace(hooked, runtime="hooks"), loaded, splits, None, loaded.source)
+    return Opened(base, replace(hooked, runtime="hooks"))
 
 
 def _in_llama(given: Named, name: str, manifest: Mapping[str, Any] | None) -> bool:
@@ -188,34 +195,27 @@ def _top(manifest: Mapping[str, Any]) -> list[str]:
     return [one for one in manifest["outputs"] if "/" not in one]
 
 
-def _ggufs(
-    given: Named,
-    name: str,
-    manifest: Mapping[str, Any] | None,
-    recipe: Recipe,
-    stack: ExitStack,
-) -> dict[str, Any]:
+def _ggufs(given: Named, name: str, source: Source, stack: ExitStack) -> Opened:
     model = _llama(find_gguf(name), name)
     stack.callback(model.close)
     base: Path | None = None
     if given.base:
         base = find_gguf(given.base)
-    elif manifest is not None:
-        base = named_gguf(recipe)
+    elif source.manifest is not None:
+        base = named_gguf(source.recipe)
         if base is None or not base.is_file():
             raise InputError(
                 f"{name}: its GGUF is the checkpoint's, converted, or its base lies elsewhere; "
                 "give a GGUF of the base with --base"
             )
-        if other := other_file(
-            [part.path for part in GGUFFile.open(base).files], _inputs(manifest)
-        ):
+        parts = [part.path for part in GGUFFile.open(base).files]
+        if other := other_file(parts, _inputs(source.manifest)):
             raise InputError(f"{other}: is not the file that was baked; give that one with --base")
     if base is None:
-        return {"model": model}
+        return Opened(None, model)
     found = _llama(base, given.base or base.name)
     stack.callback(found.close)
-    return {"model": model, "base": found}
+    return Opened(found, model)
 
 
 def _llama(path: Path, name: str) -> Llama:
@@ -224,29 +224,26 @@ def _llama(path: Path, name: str) -> Llama:
     return Llama(name, path, {"gguf": sorted(hashes.values()), **_versions()})
 
 
-def _checkpoints(
-    given: Named, name: str, manifest: Mapping[str, Any] | None, recipe: Recipe
-) -> dict[str, Any]:
+def _checkpoints(given: Named, name: str, source: Source) -> Opened:
     for one in (name, given.base or ""):
         if one.endswith(".gguf"):
             raise InputError(f"{one}: transformers reads folders; take --runtime llama.cpp")
-    folder = find_folder(name)
+    folder, recipe = find_folder(name), source.recipe
     base: Path | None = None
     if given.base:
         base = find_folder(given.base)
-    elif manifest is not None:
+    elif source.manifest is not None:
         base = base_folder(recipe)
-    deciders = deciding(Checkpoint.open(base)) if base is not None and manifest is not None else []
-    if other := other_file(deciders, _inputs(manifest)):
+    if base is None:
+        return Opened(None, _live(folder, name, recipe), None, folder)
+    deciders = deciding(Checkpoint.open(base)) if source.manifest is not None else []
+    if other := other_file(deciders, _inputs(source.manifest)):
         raise CheckpointError(
-            f"{other}: is not the file that was baked ({name}/{NAME}, inputs); give that revision "
+            f"{other}: is not the file that was baked ({source.place}, inputs); give that revision "
             "of the base with --base"
         )
-    found: dict[str, Any] = {"model": _live(folder, name, recipe), "folder": folder}
-    if base is not None:
-        title = given.base or recipe.model
-        found |= {"base": _live(base, title, recipe), "base_folder": base}
-    return found
+    found = _live(base, given.base or recipe.model, recipe)
+    return Opened(found, _live(folder, name, recipe), base, folder)
 
 
 def _live(folder: Path, name: str, recipe: Recipe) -> Live:

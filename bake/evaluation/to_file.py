@@ -8,11 +8,11 @@ from typing import Any
 
 from bake.errors import InputError
 from bake.evaluation import capability
-from bake.evaluation.disjoint import check_splits, proved
-from bake.evaluation.opened import Named, Opened, named, replies
+from bake.evaluation.disjoint import Proof, check_splits, proved
+from bake.evaluation.opened import Named, Opened, Source, opened, replies, source_of
 from bake.evaluation.result import FORMAT, Evaluation
 from bake.evaluation.run import Asking, evaluate
-from bake.evaluation.sets import chosen_sets
+from bake.evaluation.sets import Asked, chosen_sets
 from bake.evaluation.subject import Manner
 from bake.judge.choice import find_asker, find_judge
 from bake.judge.thinking import Thinking
@@ -20,6 +20,8 @@ from bake.manifest import file_hash, versions
 from bake.staging import check_file, staged_file
 
 __all__ = ["Wanted", "evaluate_to_file"]
+
+CHECKPOINTS = "--tasks: the harness runs checkpoints; give a folder or a Hub id"
 
 
 @dataclass(frozen=True)
@@ -58,46 +60,51 @@ def evaluate_to_file(
         check_file(output, overwrite)
     if wanted.tasks:
         capability.need_harness()
-    with named(given, wanted.fresh) as opened:
-        if opened.manifest is not None:
-            check_splits(opened.splits, opened.manifest, opened.place)
-        if wanted.tasks and opened.folder is None:
-            raise InputError("--tasks: the harness runs checkpoints; give a folder or a Hub id")
-        found = _evaluated(opened, wanted)
+    if wanted.tasks and (given.hooks or given.server):
+        raise InputError(CHECKPOINTS)
+    source = source_of(given)
+    if source.manifest is not None:
+        check_splits(source.splits, source.manifest, str(source.place))
+    sets = chosen_sets(source.recipe, source.splits, wanted.sets, wanted.limit)
+    proof = proved(sets, source.splits, source.manifest is not None)
+    with opened(given, source, wanted.fresh) as subjects:
+        if wanted.tasks and subjects.folder is None:
+            raise InputError(CHECKPOINTS)
+        found = _evaluated(source, subjects, wanted, sets, proof)
         show(found.table())
         if output:
-            values = {**_about(opened, wanted), **found.as_json()}
+            values = {**_about(source, subjects, wanted), **found.as_json()}
             text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
             with staged_file(output, overwrite) as staging:
                 staging.write_text(f"{text}\n", encoding="utf-8", errors="replace")
     return found
 
 
-def _evaluated(opened: Opened, wanted: Wanted) -> Evaluation:
-    recipe = opened.recipe
-    sets = chosen_sets(recipe, opened.splits, wanted.sets, wanted.limit)
-    proof = proved(sets, opened.splits, opened.manifest is not None)
+def _evaluated(
+    source: Source, subjects: Opened, wanted: Wanted, sets: Sequence[Asked], proof: Proof
+) -> Evaluation:
+    recipe = source.recipe
     marks = Thinking(recipe.judge.thinking.begin, recipe.judge.thinking.end)
     modes: Sequence[bool | None] = wanted.thinking or (None,)
     asking = Asking(
         sets,
-        opened.splits["text"].test[: wanted.limit],
+        source.splits["text"].test[: wanted.limit],
         [Manner(wanted.tokens, recipe.system_prompt, mode, marks) for mode in modes],
         *(find_judge(recipe.judge), find_asker(recipe.judge), replies(wanted.fresh), proof),
     )
-    found = evaluate(opened.base, opened.model, asking)
-    if not wanted.tasks:
+    found = evaluate(subjects.base, subjects.model, asking)
+    if not wanted.tasks or subjects.folder is None:
         return found
-    assert opened.folder is not None
     how = (wanted.tasks, wanted.task_limit, wanted.task_path)
-    before = capability.measured(opened.base_folder, *how) if opened.base_folder else None
-    after = capability.measured(opened.folder, *how)
+    base = subjects.base_folder
+    before = capability.measured(base, *how) if base else None
+    after = capability.measured(subjects.folder, *how)
     return replace(found, capability=capability.compared(before, after))
 
 
-def _about(opened: Opened, wanted: Wanted) -> dict[str, Any]:
+def _about(source: Source, subjects: Opened, wanted: Wanted) -> dict[str, Any]:
     """What was evaluated, and how."""
-    recipe, base, model = opened.recipe, opened.base, opened.model
+    recipe, base, model = source.recipe, subjects.base, subjects.model
     return {
         "format": FORMAT,
         "version": 1,
@@ -105,8 +112,8 @@ def _about(opened: Opened, wanted: Wanted) -> dict[str, Any]:
         "base": {"name": base.name, "runtime": base.runtime, "identity": base.identity}
         if base
         else None,
-        "bake": file_hash(Path(opened.place)) if opened.manifest is not None else None,
-        "recipe": {"name": recipe.name, "sha256": opened.loaded.sha256},
+        "bake": file_hash(source.place) if source.place else None,
+        "recipe": {"name": recipe.name, "sha256": source.loaded.sha256},
         "judge": {"kind": recipe.judge.kind, "model": recipe.judge.model},
         "answer_tokens": wanted.tokens,
         "limit": wanted.limit,
