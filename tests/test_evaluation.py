@@ -54,6 +54,7 @@ verify: {prompts: 2}
 evaluate: {runtimes: [transformers], answer_tokens: 3, limit: 3}
 guard: {protected_drop: 100, general_rise: 100}
 """
+OTHERS = ("--recipe", "recipe.yaml")
 ASKED = ("--tokens", "12", "--limit", "4")
 Eval = Callable[..., tuple[int, str, str]]
 
@@ -325,8 +326,12 @@ def test_thinking_on_and_off_are_asked_apart(evaluate: Eval, place: Path, tmp_pa
         (("out", "--key", "KEY"), 2, "--key is of a --server"),
         (("out", "--task-limit", "3"), 2, "--task-limit and --task-path are of --tasks"),
         (("model",), 1, "model/bake.json: no such file; give the folder of a bake, or --model"),
-        (("--model", "none", "--base", "model"), 1, "model: none: no such folder"),
-        (("--model", "base.gguf", "--runtime", "transformers"), 1, "base.gguf: transformers reads"),
+        ((*OTHERS, "--model", "none", "--base", "model"), 1, "model: none: no such folder"),
+        (
+            (*OTHERS, "--model", "base.gguf", "--base", "base.gguf", "--runtime", "transformers"),
+            1,
+            "base.gguf: transformers reads folders",
+        ),
         (("out", "--sets", "targets"), 1, "--sets targets: no role of the recipe and no built-in"),
         (("out", "--base", "out"), 1, "model.safetensors: is not the file that was baked"),
         (("out", "--recipe", "recipe.yaml"), 1, "--recipe: out has its own in bake.json"),
