@@ -25,6 +25,7 @@ from bake.judge.chat import ChatJudge, Server
 from bake.model import LiveModel
 from bake.prompts import Prompt
 from bake.recipe import Guard
+from bake.search.trial import Figures, excess
 from tests.chat_server import Serve, reply
 from tests.tiny import write_tiny
 
@@ -238,6 +239,10 @@ def test_the_guard_limits_divergence_and_perplexity() -> None:
         "0.05 allowed",
         "guard: perplexity of held-out text rose by 5.0 % (20.00 to 21.00), 2 % allowed",
     ]
+    # A search keeps to it, too.
+    base, now = Figures({"protected": 90.0}, 0.0), Figures({"protected": 90.0}, 0.06)
+    assert excess(guard, 0.1, base, now)["kl"] == pytest.approx(0.01)
+    assert excess(Guard(), 0.1, base, now)["kl"] == pytest.approx(-0.04)
     # What is limited and was not measured is no pass, nor what is no number.
     assert drifted(guard, UNMEASURED) == [
         "guard: divergence_at_most: the divergence was not measured",

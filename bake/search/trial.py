@@ -63,7 +63,11 @@ class Trial:
 
 
 def excess(guard: Guard, kl_at_most: float, base: Figures, now: Figures) -> dict[str, float]:
-    """How far each limit is exceeded, below 0 where it is not."""
+    """How far each limit is exceeded, below 0 where it is not.
+
+    Of the two on the divergence the lower counts: the recipe's guard may have one.
+    """
+    kl_at_most = min(kl_at_most, guard.divergence_at_most or kl_at_most)
     found = {
         role: round(sign * (now.refusals[role] - base.refusals[role]) - limit, DIGITS)
         for role, _, limit, sign in limits(guard)
