@@ -21,7 +21,7 @@ from bake.judge.choice import find_judge
 from bake.manifest import NAME, file_hashes, read_manifest, versions
 from bake.model import LiveModel
 from bake.pipeline import fit_of
-from bake.prepare import base_hashes, prepare, run_of
+from bake.prepare import base_hashes, check_trust, prepare, run_of
 from bake.prompts import Splits
 from bake.recipe import LoadedRecipe, Recipe, load_recipe, restore_recipe
 from bake.runtimes.baked import base_folder, deciding, named_gguf, other_file
@@ -170,6 +170,7 @@ def _recipe(given: Named, manifest: Mapping[str, Any] | None, place: Path | None
 def _hooked(source: Source) -> Opened:
     """The recipe's base, and the same with the recipe's interventions on it."""
     recipe = source.recipe
+    check_trust(recipe, False)
     torch.manual_seed(recipe.seed)
     ready = prepare(recipe)
     run = run_of(ready, base_hashes(ready))
