@@ -48,7 +48,8 @@ class Tap:
     conversations the samples themselves stay. With a `norm`, which runs after `module`, every
     sample is divided by the root mean square of what that norm reads at its position. The
     outputs of the modules in `plus`, which run inside it, are added, each times its number.
-    `back` counts the tokens from `last` to one before it that is read in its place.
+    `back` counts the tokens from `last` to one before it that is read in its place. What is
+    taken in is `through` of the samples [n, d], where it is given.
     """
 
     module: nn.Module
@@ -59,6 +60,7 @@ class Tap:
     rows: tuple[int, ...] = ()
     plus: tuple[tuple[nn.Module, float], ...] = ()
     back: int = 0
+    through: Callable[[Tensor], Tensor] | None = None
 
     @property
     def where(self) -> tuple[str, int]:
@@ -228,7 +230,8 @@ def samples(
     inside: dict[Any, Tensor] = {}
 
     def take_in(name: Any, samples: Tensor) -> None:
-        seen[name] = samples
+        through = taps[name].through
+        seen[name] = samples if through is None else through(samples)
         if len(seen) == len(taps):
             raise _EnoughError
 

@@ -160,7 +160,9 @@ def fit_of(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
         for spec, step in zip(recipe.edits, plan.steps, strict=True)
         if isinstance(spec, Gate) and spec.ordered
     )
-    total = (2 + walks) * shown_once - count + sum(map(len, concepts.values()))
+    blocks = sum(one.op == "gate" and one.form == "block" for one in recipe.edits)
+    passes = 2 + walks + 2 * blocks
+    total = passes * shown_once - count + sum(map(len, concepts.values()))
     shown = needs_prompts(plan, recipe, ready.directions)
     with progress("fit", total, shown and model.work.main) as update:
         return fit(

@@ -5,7 +5,7 @@ come from the fit.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from bake.arch import Arch, Block
@@ -155,6 +155,7 @@ def make_plan(
         for number, spec in enumerate(recipe.edits)
     )
     _check_order(steps, base, arch)
+    _check_gating_blocks(steps)
     layers, width = arch.layer_count(base.config), arch.width(base.config)
     if directions is None:
         _check_place(recipe, base, arch)
@@ -267,6 +268,38 @@ def _check_order(steps: Iterable[Step], base: Checkpoint, arch: Arch) -> None:
                 )
         edited |= {edit.tensor: number for edit in step.edits}
         behind |= dict.fromkeys(_inner(step, normed), number)
+
+
+def _check_gating_blocks(steps: Sequence[Step]) -> None:
+    """Refuse what shares a block with a gate, and what is added where its block is, but behind it.
+
+    The block of a gate reads the stream behind its layer with all that was added there before.
+    """
+    gates: dict[int, int] = {}
+    for number, step in enumerate(steps):
+        if any(edit.operator == "gate" for edit in step.edits):
+            gates = dict.fromkeys(step.inserted, number) | gates
+    for number, step in enumerate(steps):
+        for layer in step.inserted:
+            if gates.get(layer, number) != number:
+                raise ArchitectureError(
+                    f"edits.{number}: a block is inserted behind layer {layer} for edits."
+                    f"{gates[layer]} already, a gate, which shares none; take another layer"
+                )
+        for edit in step.edits:
+            if edit.operator != "add" or edit.layer is None:
+                continue
+            gate = gates.get(edit.layer - (edit.site == "in"))
+            if edit.site == "in" and gate is not None:
+                raise ArchitectureError(
+                    f"edits.{number}.site: what is added before block {edit.layer} lies in the "
+                    f"block in front of it, which edits.{gate} reads; use site: out of layer "
+                    f"{edit.layer - 1}, and name it first"
+                )
+            if edit.site == "out" and gate is not None and gate < number:
+                raise ArchitectureError(
+                    f"edits.{number}: edits.{gate} acts behind this edit; name the add first"
+                )
 
 
 def _inner(step: Step, normed: Collection[str]) -> Iterator[tuple[str, str]]:

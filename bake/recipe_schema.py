@@ -4,6 +4,7 @@ All of it is frozen and strict; YAML's lists become tuples.
 """
 
 from collections.abc import Iterator
+from math import copysign
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -286,11 +287,16 @@ class Ablate(_Section):
 
 
 class Gate(_Section):
-    """Add the direction where a linear probe of the writer's input sees the target."""
+    """Add the direction where a linear probe sees the target."""
 
     several: ClassVar[bool] = False
 
     op: Literal["gate"] = Field(description="The operator.")
+    form: Literal["rank_one", "block"] = Field(
+        default="rank_one",
+        description="A rank-one write to each writer, in proportion to the probe of its input; or "
+        "behind each block an inserted one, which opens between two readings of its probe.",
+    )
     layers: Layers = Field(description='The blocks, as a list or as a range like "11-17".')
     sites: Sites = Field(
         default=("attention", "mlp"), description="The writers that are edited in each block."
@@ -312,6 +318,41 @@ class Gate(_Section):
         description="Whether the probes are fitted one after another, each with the gates before "
         "it in force and on what they left; else each by itself on the base model.",
     )
+    closed: Percent = Field(
+        default=99.0,
+        description="form: block: the percent of every other class's tokens, of topics that the "
+        "probe was not fitted on, below which the gate is closed.",
+    )
+    opened: Percent = Field(
+        default=50.0,
+        description="form: block: the percent of the target's tokens above which the gate is "
+        "open in full.",
+    )
+
+    @property
+    def heights(self) -> dict[str, float]:
+        """What the gate reads where it is open in full, by the role that opens it."""
+        found = {"target": 1.0}
+        if self.protected:
+            found["protected"] = copysign(self.protected, self.strength)
+        return found
+
+    @model_validator(mode="after")
+    def _of_its_form(self) -> "Gate":
+        of_form = {
+            "sites": "rank_one",
+            "ordered": "rank_one",
+            "closed": "block",
+            "opened": "block",
+        }
+        findings: list[tuple[tuple[str | int, ...], str]] = [
+            ((name,), f"is of form: {form}, and form is {self.form}; leave it out")
+            for name, form in of_form.items()
+            if name in self.model_fields_set and form != self.form
+        ]
+        if findings:
+            raise ContradictionError(findings)
+        return self
 
 
 class ThinkingMarks(_Section):

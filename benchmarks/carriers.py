@@ -344,6 +344,7 @@ def interventions(base: Checkpoint, arch: Arch, recipe: Recipe) -> tuple[Interve
         lambda module, _: drawn(len(module), base.find(f"{module}.weight").shape[1]),
         base,
         {},
+        lambda layer, _: torch.stack([drawn(40 + layer), drawn(80 + layer)]) / 32**0.5,
     )
     plan = make_plan(recipe, base, arch)
     return tuple(

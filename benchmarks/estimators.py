@@ -113,7 +113,7 @@ class Bench:
         ready = self.ready[op]
         spec = ready.recipe.edits[0].model_copy(update={"strength": strength})
         vectors = dict.fromkeys(direction_layers(ready.recipe), found.vectors[LAYER])
-        measured = Measured(vectors, _no_probe, ready.base, {})
+        measured = Measured(vectors, _no_probe, ready.base, {}, _no_probe)
         return OPERATORS[op].build(spec, ready.plan.steps[0], measured, ready.arch)
 
     def _strength(self, op: str, found: Directions, kl: float) -> tuple[float, float]:

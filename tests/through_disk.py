@@ -44,8 +44,13 @@ def measured(base: Checkpoint) -> Measured:
         # The other axis is the stream's.
         return drawn(len(module) + sum(map(ord, module)), math.prod(shape) // 32)
 
+    def ramps(layer: int, spec: Gate) -> Tensor:
+        # The constant is 1 on no token: the hook must be what the weights compute, whatever it is.
+        return drawn(80 + layer, len(spec.heights) + 1, 32) / 32**0.5
+
     directions = {layer: drawn(layer, 32) for layer in range(8)}
-    return Measured(directions, probe, base, {layer: drawn(50 + layer, 32) for layer in range(8)})
+    means = {layer: drawn(50 + layer, 32) for layer in range(8)}
+    return Measured(directions, probe, base, means, ramps)
 
 
 def interventions(base: Checkpoint, arch: Arch, recipe: Recipe) -> list[Intervention]:

@@ -1,7 +1,8 @@
 """What a fit found beside its directions, as a file: enough to build the interventions again.
 
 The tensors are F32: `edits.{number}.probe.{module}` [d_in] of a gate, `edits.{number}.readout`
-[d_in] of a ridge carrier's constant, `mean.{layer}` [d] of the answered class, for ablations that
+[d_in] of a ridge carrier's constant, `edits.{number}.ramp.{layer}` [m + 1, d] of a block gate,
+`mean.{layer}` [d] of the answered class, for ablations that
 read it. `number` counts the recipe's edits from 0. Where directions were given and biases or
 inserted blocks carry them, there is nothing beside them and no file.
 """
@@ -24,7 +25,15 @@ from bake.ops.add import Add
 from bake.plan import Plan
 from bake.recipe import Gate, Recipe
 
-__all__ = ["built_again", "mean_key", "probe_key", "read_kept", "readout_key", "write_kept"]
+__all__ = [
+    "built_again",
+    "mean_key",
+    "probe_key",
+    "ramp_key",
+    "read_kept",
+    "readout_key",
+    "write_kept",
+]
 
 
 def probe_key(number: int, module: str) -> str:
@@ -35,6 +44,11 @@ def probe_key(number: int, module: str) -> str:
 def readout_key(number: int) -> str:
     """The name of the constant's readout of a ridge carrier."""
     return f"edits.{number}.readout"
+
+
+def ramp_key(number: int, layer: int) -> str:
+    """The name of a block gate's probes behind a layer, and last its constant's readout."""
+    return f"edits.{number}.ramp.{layer}"
 
 
 def mean_key(layer: int) -> str:
@@ -75,12 +89,15 @@ def built_again(
     def probe(module: str, spec: Gate) -> Tensor:
         return kept[probe_key(recipe.edits.index(spec), module)]
 
+    def ramps(layer: int, spec: Gate) -> Tensor:
+        return kept[ramp_key(recipe.edits.index(spec), layer)]
+
     means = {
         int(name.removeprefix("mean.")): tensor
         for name, tensor in kept.items()
         if name.startswith("mean.")
     }
-    measured = Measured(directions.vectors, probe, base, means)
+    measured = Measured(directions.vectors, probe, base, means, ramps)
     found: list[Intervention] = []
     try:
         for spec, step in zip(recipe.edits, plan.steps, strict=True):

@@ -5,7 +5,6 @@ that needs a direction, Gram matrices of the gated writers' inputs at the tokens
 where a gate decides.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -22,11 +21,12 @@ from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
-from bake.fit.kept import mean_key, probe_key, readout_key
+from bake.fit.kept import mean_key, probe_key, ramp_key, readout_key
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.onward import Onward
 from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
+from bake.fit.ramp import gate_readings, ramps_of, shown_classes
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.stream import stream_taps, watching_taps
 from bake.fit.wrmd import confidence_weight
@@ -50,7 +50,6 @@ __all__ = [
     "fit",
     "fit_directions",
     "needs_prompts",
-    "openings_wanted",
     "ordered_gates",
     "passages",
     "probed",
@@ -72,8 +71,9 @@ class Fitted:
     """The interventions in the plan's order, the directions used, and the figures of the fit.
 
     `openings` is what each module's probe reads on average in every class: ideal is 1 on the
-    target and 0 elsewhere, but for protected prompts that a gate steers too; `constants`
-    how near the ridge carriers' constants are to 1; `kept` what else the interventions were
+    target and 0 elsewhere, but for protected prompts that a gate steers too; of a block gate, by
+    the block in front, it is what it opens, of topics left out. `constants` is how near those
+    of ridge carriers and of block gates are to 1; `kept` what else the interventions were
     built from, as `bake.fit.kept` has it.
     """
 
@@ -130,13 +130,13 @@ def fit(
             progress(len(found))
     openings: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
+    errors: dict[str, Constant] = {}
 
     def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
         gates = ordered_gates(spec, step, measured, model.arch)
         taps = probes(model, plan, [gate.module for _, gate in gates])
-        wanted = openings_wanted(spec)
         found = fit_in_order(
-            *(model, gates, taps, conversations, wanted, spec.ridge, in_force, progress),
+            *(model, gates, taps, conversations, spec.heights, spec.ridge, in_force, progress),
             begun={} if in_force else begun,
         )
         for module, one in found.items():
@@ -160,19 +160,32 @@ def fit(
         directions = directions_of(recipe, evidence, layers)
         means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
     used = directions.at(layers)
-    measured = Measured(used.vectors, probe, base, means)
+    for number, gate in enumerate(recipe.edits):
+        if not (isinstance(gate, Gate) and gate.form == "block"):
+            continue
+        shown = shown_classes(conversations, labels)
+        reading = gate_readings(model, base, gate, used.vectors, shown, progress)
+        for layer, behind in reading.items():
+            name = model.arch.layer.format(layer=layer)
+            kept[ramp_key(number, layer)], openings[name] = ramps_of(gate, behind)
+            errors[name] = behind.error
+
+    def ramps(layer: int, spec: Gate) -> Tensor:
+        return kept[ramp_key(recipe.edits.index(spec), layer)]
+
+    measured = Measured(used.vectors, probe, base, means, ramps)
     edits = built(recipe, plan, measured, model.arch, in_order)
     ridge = any(edit.carrier == "ridge" for edit in plan.edits)
     chats = [one for role, found in conversations.items() for one in found if role != "text"]
-    classes = [chats, conversations["text"], own_text(model)] if ridge else []
-    interventions, constants = with_constants(model, edits, classes, passages(model, texts.test))
+    general = [chats, conversations["text"], own_text(model)] if ridge else []
+    interventions, constants = with_constants(model, edits, general, passages(model, texts.test))
     for (spec, _), one in zip(edits, interventions, strict=True):
         if isinstance(one, Add) and one.readout is not None:
             kept[readout_key(recipe.edits.index(spec))] = one.readout
     if any(spec.op == "ablate" and READ_MEANS & set(spec.variant) for spec in recipe.edits):
         kept |= {mean_key(layer): mean for layer, mean in means.items()}
     records = {role: recorded(one) for role, one in labels.items()}
-    return Fitted(interventions, used, records, openings, constants, kept)
+    return Fitted(interventions, used, records, openings, {**errors, **constants}, kept)
 
 
 def fit_directions(
@@ -233,7 +246,7 @@ def needs_prompts(plan: Plan, recipe: Recipe, directions: Directions | None) -> 
     return (
         directions is None
         or any(edit.carrier == "ridge" for edit in plan.edits)
-        or bool(probed(plan, recipe))
+        or any(edit.operator == "gate" for edit in plan.edits)
     )
 
 
@@ -401,14 +414,9 @@ def _first_ordered(recipe: Recipe) -> int | None:
     return min(edit.layers) if isinstance(edit, Gate) and edit.ordered else None
 
 
-def openings_wanted(spec: Gate) -> dict[str, float]:
-    """What a gate's probe shall read on average, by role; 0 on all others."""
-    return {"target": 1.0, "protected": math.copysign(spec.protected, spec.strength)}
-
-
 def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, spec: Gate) -> Tensor:
-    """The probe that reads `openings_wanted` on every class's decision tokens."""
-    values = openings_wanted(spec)
+    """The probe that reads the gate's `heights` on every class's decision tokens."""
+    values = spec.heights
     classes = [
         ReadoutClass(by_tap[module].mean, by_tap[module].gram, values.get(role, 0.0))
         for role, by_tap in moments.items()

@@ -8,6 +8,8 @@ place of 1. The stream then receives (g ⊙ ŷ + v γ) / s, with ŷ = y / rms(y)
 target and near 0 elsewhere, and s = rms(ŷ + γ v / g) from the norm: exactly what it was where
 the gate is closed, and v on a rescaled sum where it is open. The gate is its own reference,
 a write in front of the norm, so hook and weights are the same map here too.
+
+`form: block` is in `bake.ops.block_gate`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,6 +26,7 @@ from bake.edits import Edit, LowRank, PlannedEdit, Step
 from bake.errors import ArchitectureError
 from bake.hooks import Intervention, on_output
 from bake.model import LiveModel
+from bake.ops.block_gate import block_gate_step, block_gates
 from bake.ops.operator import Measured
 from bake.recipe import Gate as Spec
 
@@ -61,16 +64,18 @@ class Gate:
 
 
 class GateOperator:
-    """`op: gate`: one rank-one gate at every chosen writer."""
+    """`op: gate`: a rank-one gate at every chosen writer, or a block behind every chosen layer."""
 
     def plan(
         self, spec: Spec, base: Checkpoint, arch: Arch, place: str, runtimes: Iterable[str]
     ) -> Step:
-        """The weight of every writer at the chosen sites of the chosen layers.
+        """The weight of every writer at the chosen sites of the chosen layers, or inserted blocks.
 
-        Raises ArchitectureError for writers that a gate cannot use.
+        Raises ArchitectureError for writers that a gate cannot use, and where no block can be.
         """
         arch.check_layers(spec.layers, base.config, f"{place}.layers")
+        if spec.form == "block":
+            return block_gate_step(spec, base, arch, place, runtimes)
         written = arch.written(base.tensors)
         edits, norms = [], []
         for layer in spec.layers:
@@ -93,13 +98,17 @@ class GateOperator:
         return spec.layers
 
     def probed(self, step: Step) -> tuple[str, ...]:
-        """Every gated writer."""
-        return tuple(edit.tensor.removesuffix(".weight") for edit in step.edits)
+        """Every gated writer; a block's probes are those of `Measured.ramps`."""
+        return tuple(
+            edit.tensor.removesuffix(".weight") for edit in step.edits if edit.carrier != "block"
+        )
 
     def build(
         self, spec: Spec, step: Step, measured: Measured, arch: Arch
     ) -> tuple[Intervention, ...]:
-        """The strength is spread evenly over the writers."""
+        """The strength is spread evenly over the writers, or over the blocks."""
+        if spec.form == "block":
+            return block_gates(spec, measured, arch)
         share = spec.strength / len(step.edits)
         gates = []
         for writers in arch.written(edit.tensor for edit in step.edits).values():

@@ -25,13 +25,15 @@ class Measured:
     the classes, or [k, d] for operators that take several; `probe(module, spec)` reads the
     gate [d_in] off a writer's input as the gate's section of the recipe has it; `base` is the
     checkpoint; `means` by layer are [d], the answered class's mean state where the direction
-    was measured.
+    was measured; `ramps(layer, spec)` are a block gate's probes behind a layer and, last, its
+    constant's readout [m + 1, d].
     """
 
     directions: Mapping[int, Tensor]
     probe: Callable[[str, Gate], Tensor]
     base: Checkpoint
     means: Mapping[int, Tensor]
+    ramps: Callable[[int, Gate], Tensor]
 
 
 class Operator(Protocol[Spec]):

@@ -16,12 +16,12 @@ from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.labels import Labelled
 from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
+from bake.fit.ramp import Reading, gate_readings, ramps_of, shown_classes
 from bake.fit.readout import ridge_solutions
 from bake.fit.run import (
     built,
     check_class,
     conversations_of,
-    openings_wanted,
     ordered_gates,
     passages,
     probed_apart,
@@ -85,6 +85,7 @@ class Captured:
         self._shown = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
         self._texts = passages(model, texts.fit[: recipe.fit.prompts_per_class])
         self._inputs: dict[str, _Inputs] = {}
+        self._readings: dict[str, dict[int, Reading]] = {}
         self._samples: dict[tuple[str, int], dict[str, dict[int, Tensor]]] = {}
         self._evidence: dict[str, Evidence] = {}
         self._vectors: dict[tuple[str, int], Tensor] = {}
@@ -109,18 +110,35 @@ class Captured:
         def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
             gates = ordered_gates(spec, step, measured, self._model.arch)
             taps = probes(self._model, plan, [gate.module for _, gate in gates])
-            classes, wanted = {**self._shown, "text": self._texts}, openings_wanted(spec)
-            fitted = fit_in_order(self._model, gates, taps, classes, wanted, spec.ridge, in_force)
+            classes = {**self._shown, "text": self._texts}
+            fitted = fit_in_order(
+                *(self._model, gates, taps, classes, spec.heights, spec.ridge, in_force)
+            )
             number = recipe.edits.index(spec)
             found.update({(number, module): one.probe for module, one in fitted.items()})
 
         def probe(module: str, spec: Gate) -> Tensor:
             if spec.ordered:
                 return found[recipe.edits.index(spec), module]
-            return self._inputs[module].probe(openings_wanted(spec), spec.ridge)
+            return self._inputs[module].probe(spec.heights, spec.ridge)
 
-        measured = Measured(vectors, probe, self._base, means)
+        def ramps(layer: int, spec: Gate) -> Tensor:
+            return ramps_of(spec, self._readings_of(spec, vectors)[layer])[0]
+
+        measured = Measured(vectors, probe, self._base, means, ramps)
         return tuple(one for _, one in built(recipe, plan, measured, self._model.arch, in_order))
+
+    def _readings_of(self, spec: Gate, vectors: Mapping[int, Tensor]) -> dict[int, Reading]:
+        """What a block gate's probes read, which its edges and its strength do not change."""
+        unseen = [vectors[layer].tolist() for layer in spec.layers]
+        key = hashed([spec.layers, list(spec.heights), spec.ridge, unseen])
+        if key not in self._readings:
+            classes = shown_classes({**self._shown, "text": self._texts}, self._labels)
+            with progress("block gates", 2 * sum(map(len, classes.values()))) as update:
+                self._readings[key] = gate_readings(
+                    self._model, self._base, spec, vectors, classes, update
+                )
+        return self._readings[key]
 
     def read_inputs(self, plans: Sequence[Plan], recipes: Sequence[Recipe]) -> None:
         """Measure what the plans' probes read, where that is not known yet, in one pass a class."""
