@@ -328,6 +328,10 @@ class Gate(_Section):
         description="form: block: the percent of the target's tokens above which the gate is "
         "open in full.",
     )
+    elsewhere: bool = Field(
+        default=False,
+        description="form: block: whether the gate is open everywhere but on the target.",
+    )
 
     @property
     def heights(self) -> dict[str, float]:
@@ -340,16 +344,17 @@ class Gate(_Section):
     @model_validator(mode="after")
     def _of_its_form(self) -> "Gate":
         of_form = {
-            "sites": "rank_one",
-            "ordered": "rank_one",
-            "closed": "block",
-            "opened": "block",
+            **dict.fromkeys(("sites", "ordered"), "rank_one"),
+            **dict.fromkeys(("closed", "opened", "elsewhere"), "block"),
         }
         findings: list[tuple[tuple[str | int, ...], str]] = [
             ((name,), f"is of form: {form}, and form is {self.form}; leave it out")
             for name, form in of_form.items()
             if name in self.model_fields_set and form != self.form
         ]
+        if self.elsewhere and self.protected:
+            message = "elsewhere steers protected prompts as all others; leave one out"
+            findings.append((("elsewhere",), message))
         if findings:
             raise ContradictionError(findings)
         return self

@@ -17,13 +17,25 @@ from bake.activations import Conversation
 from bake.carriers.blank import blank_block
 from bake.errors import ArchitectureError, FitError
 from bake.export.layout import patch_gguf
-from bake.fit.ramp import BINS, FOLDS, HIGH, LOW, NARROWEST, Shown, edges, readings
+from bake.fit.ramp import (
+    BINS,
+    FOLDS,
+    HIGH,
+    LOW,
+    NARROWEST,
+    Shown,
+    edges,
+    gate_readings,
+    ramps_of,
+    readings,
+)
 from bake.gguf_file import GGUFFile
-from bake.hooks import steered
+from bake.hooks import on_output, steered
 from bake.llama import LlamaModel
 from bake.model import Batch, LiveModel
-from bake.ops.block_gate import STEEP, ramp
+from bake.ops.block_gate import STEEP, BlockGate, mlp_input, ramp
 from bake.plan import check_gguf, make_plan
+from bake.recipe import Gate
 from tests.test_block import IN_LLAMA_CPP, VARIANTS, WIDE, adding, edits_of, lost, opened
 from tests.through_disk import BATCH, drawn, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny
@@ -114,8 +126,8 @@ def test_edges_keep_the_other_classes_closed_and_the_role_open() -> None:
         "general": shares(-0.299, 0.001, 0.101, 0.101),
         "text": shares(0.0011, 0.0011, 0.0011, 0.201),
     }
-    assert edges(classes, "target", 100, 75) == pytest.approx((0.205, 0.305))
-    assert edges(classes, "target", 75, 50) == pytest.approx((0.105, 0.805))
+    assert edges(classes, "target", 100, 75) == pytest.approx((0.205, 0.3))
+    assert edges(classes, "target", 75, 50) == pytest.approx((0.105, 0.8))
     # Where the classes overlap the others stay closed, and the ramp is steep.
     begin, end = edges(classes, "general", 75, 75)
     assert (begin, end - begin) == pytest.approx((0.905, NARROWEST))
@@ -199,6 +211,34 @@ def test_readings_are_of_probes_that_did_not_see_the_topic(tmp_path: Path, model
     assert found.error.held_out == pytest.approx((sum(squares) / 3) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_fitted_gate_opens_on_the_target_and_its_complement_elsewhere(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    write_tiny("llama", tmp_path, **WIDE)
+    base, arch = opened(tmp_path)
+    model = LiveModel.load(tmp_path, arch)
+    spec = Gate(**gating(1, elsewhere=elsewhere, ridge=0.001, closed=100.0))
+    classes = {
+        role: [replace(one, conversation=replace(one.conversation, decision=(0,))) for one in each]
+        for role, each in shown_by_class(0).items()
+    }
+    reading = gate_readings(model, base, spec, {}, classes)[1]
+    rows, found = ramps_of(spec, reading)
+    wanted = {role: float((role == "target") != elsewhere) for role in classes}
+    assert found == pytest.approx(wanted, abs=1e-6)
+    gate = BlockGate(blank_block(base, arch, 1, ()), drawn(1, 1, 32), rows[:-1], rows[-1])
+    read = mlp_input(model, gate.blank)
+    for role, each in classes.items():
+        ids = torch.tensor([each[0].conversation.ids[:1]])
+        seen: list[Tensor] = []
+        handle = on_output(model.block(1), lambda h, _, seen=seen: (seen.append(h), h)[1])
+        model.logits(Batch(ids, torch.ones_like(ids), (0,)))
+        handle.remove()
+        height = float(ramp(read(seen[0]), rows[:-1], rows[-1], ACT2FN["silu"])[0, 0])
+        assert height == pytest.approx(wanted[role], abs=0.05)
+
+
 def test_a_class_of_few_topics_is_refused(tmp_path: Path) -> None:
     write_tiny("llama", tmp_path, **WIDE)
     base, arch = opened(tmp_path)
@@ -275,6 +315,10 @@ def test_gates_compose_with_other_edits(tmp_path: Path, case: str) -> None:
 
 
 def test_keys_of_the_other_form_are_refused() -> None:
-    for change in ({"sites": ["mlp"]}, {"form": "rank_one", "closed": 90.0}):
-        with pytest.raises(ValidationError, match="leave it out"):
+    for change in (
+        {"sites": ["mlp"]},
+        {"form": "rank_one", "closed": 90.0},
+        {"elsewhere": True, "protected": 1.0},
+    ):
+        with pytest.raises(ValidationError, match=r"leave (it|one) out"):
             recipe_of(gating(1) | change)

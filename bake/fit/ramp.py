@@ -114,9 +114,8 @@ def readings(
         rows, shares = fitted(layer).float(), {}
         errors = []
         for role, found in spread.items():
-            *counted, error = found[layer].tolist()
-            shares[role] = torch.tensor(counted).reshape(len(wanted), BINS + 2)
-            errors.append(error)
+            shares[role] = found[layer][:-1].reshape(len(wanted), BINS + 2)
+            errors.append(float(found[layer][-1]))
         gram = torch.stack([one.gram for one in sums[layer]]).sum(0)
         mean = torch.stack([row for one in sums[layer] for row in one.means.values()]).sum(0)
         constant, count = rows[-1].double(), len(classes)
@@ -186,7 +185,7 @@ def edges(
     `opened` percent of the role's lie above, or a little behind its beginning.
     """
     begin = max(_quantile(one, closed / 100) for name, one in held_out.items() if name != role)
-    end = _quantile(held_out[role], 1 - opened / 100)
+    end = _quantile(held_out[role], 1 - opened / 100) - _STEP
     return begin, max(end, begin + NARROWEST)
 
 
@@ -209,9 +208,10 @@ def gate_readings(
 
 
 def ramps_of(spec: Gate, reading: Reading) -> tuple[Tensor, dict[str, float]]:
-    """The rows of a block gate, its ramps' probes p and the constant [m + 1, d].
+    """The rows of a block gate, its ramps' probes p and the constant c [m + 1, d].
 
-    And by role what the gate opens on average, of topics left out.
+    And by role what the gate opens on average, of topics left out. The complement of a ramp of p
+    is that of c - p: q - clip(z, 0, q) = clip(q - z, 0, q).
     """
     rows, opened = [], dict.fromkeys(reading.held_out, 0.0)
     for number, (role, height) in enumerate(spec.heights.items()):
@@ -221,6 +221,9 @@ def ramps_of(spec: Gate, reading: Reading) -> tuple[Tensor, dict[str, float]]:
         share = ((_MIDDLES - begin) / (end - begin)).clamp(0, 1)
         for name, one in shares.items():
             opened[name] += height * float(one @ share)
+    if spec.elsewhere:
+        rows = [reading.constant - one for one in rows]
+        opened = {name: 1 - one for name, one in opened.items()}
     return torch.stack([*rows, reading.constant]), opened
 
 

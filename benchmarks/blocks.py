@@ -1,0 +1,192 @@
+"""The block gate on the demo: what its probes read behind every layer, and what a block costs.
+
+    python -m benchmarks.blocks readings [--recipe NAME] [--layers 8-24] [--ridge 0.01]
+    python -m benchmarks.blocks cost [--tokens 128] [--rounds 7]
+
+`readings` fits a probe behind every layer as a bake does, on the recipe's positions. Of topics that
+the probe was not fitted on it prints how far the constant is from 1, where the ramp begins and
+ends, and what opens of each class's tokens on average; then, on the prompts of the select split at
+their last token, what opens, and how far the weights' ramp is from a clip with an exact constant.
+
+`cost` patches the demo's GGUF with one and with three inserted blocks and prints tokens per second
+in llama.cpp, of a prompt and of an answer, the rounds of all files in turn. Their gates are of
+random numbers, which take as long. Both take `--json FILE` for the rows.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bake.activations import Tap, collect
+from bake.carriers.blank import blank_block
+from bake.edits import Edit
+from bake.export.layout import patch_gguf
+from bake.export.requantise import F32
+from bake.fit.labels import labelled
+from bake.fit.ramp import ramps_of, readings, shown_classes
+from bake.fit.run import conversations_of, passages
+from bake.gguf_file import GGUFFile
+from bake.judge.choice import find_judge
+from bake.llama import LlamaModel
+from bake.model import LiveModel
+from bake.ops import OPERATORS, Measured
+from bake.ops.block_gate import mlp_input, ramp
+from bake.plan import make_plan
+from bake.prepare import prepare
+from bake.recipe import Gate, load_recipe
+from benchmarks.carriers import Row, printed
+
+RECIPE = "political-open"
+PROMPT = 256
+THREADS = 2
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("what", choices=("readings", "cost"))
+    arguments.add_argument("--recipe", default=RECIPE)
+    arguments.add_argument("--layers", default="8-24")
+    arguments.add_argument("--ridge", type=float, default=0.01)
+    arguments.add_argument("--tokens", type=int, default=128)
+    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--json", type=Path, help="a file for the rows")
+    chosen = arguments.parse_args()
+    if chosen.what == "readings":
+        rows = list(read(chosen.recipe, chosen.layers, chosen.ridge))
+    else:
+        rows = list(cost(chosen.tokens, chosen.rounds))
+    printed(rows)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def read(name: str, layers: str, ridge: float) -> Iterator[Row]:
+    """A row a layer, of probes that are fitted one by one."""
+    overrides = ["edits=[{op: gate, form: block, layers: " + layers + ", strength: -1}]"]
+    recipe = load_recipe(name, overrides=overrides).recipe
+    ready = prepare(recipe)
+    (spec,) = recipe.edits
+    assert isinstance(spec, Gate)
+    model = LiveModel.load(ready.base.folder, ready.arch)
+    limit, judge = recipe.fit.prompts_per_class, find_judge(recipe.judge)
+    labels = {
+        role: labelled(model, recipe, prompts, judge)
+        for role, prompts in ready.part("fit", limit).items()
+    }
+    shown = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
+    shown["text"] = passages(model, ready.texts.fit[:limit])
+    blanks = {layer: blank_block(ready.base, ready.arch, layer, ()) for layer in spec.layers}
+    classes = shown_classes(shown, labels)
+    found = readings(model, list(blanks.values()), classes, ["target"], ridge)
+    chats = {
+        role: [tuple(model.render(one.text)) for one in prompts]
+        for role, prompts in ready.part("select", limit).items()
+    }
+    from transformers.activations import ACT2FN
+
+    for layer, blank in blanks.items():
+        rows, opened = ramps_of(spec, found[layer])
+        row: Row = {"layer": layer, "constant": percent(found[layer].error.held_out)}
+        row |= {f"{role}, held out": percent(one) for role, one in opened.items()}
+        inputs, farthest = mlp_input(model, blank), 0.0
+        for role, starts in chats.items():
+            x = torch.cat([inputs(last_state(model, layer, ids)) for ids in starts])
+            height = ramp(x, rows[:-1], rows[-1], ACT2FN[blank.activation])[:, 0]
+            clip = (x @ rows[0] / (x @ rows[-1])).clamp(0, 1)
+            farthest = max(farthest, float((height - clip).abs().max()))
+            row[f"{role}, select"] = percent(float(height.mean()))
+        yield row | {"farthest from a clip": percent(farthest)}
+
+
+def last_state(model: LiveModel, layer: int, ids: tuple[int, ...]) -> torch.Tensor:
+    """The stream [1, d] behind a layer at the last token."""
+    from bake.activations import Conversation
+
+    one = Conversation(ids, len(ids) - 1, ())
+    tap = Tap(model.block(layer), "output", "every last", rows=(0,))
+    return collect(model, [one], {"state": tap})["state"].values
+
+
+def cost(tokens: int, rounds: int) -> Iterator[Row]:
+    """A row a file and number of blocks."""
+    recipe = load_recipe(RECIPE).recipe
+    ready = prepare(recipe)
+    assert ready.gguf
+    base, arch = ready.base, ready.arch
+    depth = arch.layer_count(base.config)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {0: ready.gguf.path}
+        for layers in ((15,), (12, 15, 18)):
+            files[len(layers)] = Path(folder) / f"{len(layers)}.gguf"
+            asked = recipe.model_copy(
+                update={"edits": (Gate(op="gate", form="block", layers=layers, strength=-1.0),)}
+            )
+            plan = make_plan(asked, base, arch)
+            measured = Measured(
+                {layer: drawn(layer, plan.width) for layer in layers},
+                no_probe,
+                base,
+                {},
+                lambda layer, _, width=plan.width: torch.stack(
+                    [drawn(40 + layer, width), drawn(80 + layer, width)]
+                ),
+            )
+            edits: dict[str, list[Edit]] = {}
+            for one in OPERATORS["gate"].build(asked.edits[0], plan.steps[0], measured, arch):
+                for edit in one.edits():
+                    edits.setdefault(edit.tensor, []).append(edit)
+            patch_gguf(
+                *(plan, arch, base.config, GGUFFile.open(ready.gguf.path), edits),
+                files[len(layers)],
+                edited_type=F32,
+            )
+        llamas = {
+            count: LlamaModel(path, context=PROMPT + tokens, parallel=1, threads=THREADS)
+            for count, path in files.items()
+        }
+        prompt = torch.randint(
+            100, 10_000, (PROMPT,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        reading: dict[int, list[float]] = {count: [] for count in files}
+        answering: dict[int, list[float]] = {count: [] for count in files}
+        for _ in range(rounds):
+            for count, llama in llamas.items():
+                start = time.perf_counter()
+                llama.logits(prompt)
+                reading[count].append(PROMPT / (time.perf_counter() - start))
+                start = time.perf_counter()
+                written = llama.generate([prompt[:8]], tokens)[0]
+                answering[count].append(len(written) / (time.perf_counter() - start))
+    for count in files:
+        row: Row = {"blocks": count, "layers": f"{depth / (depth + count):.3f}"}
+        for name, found in (("prompt", reading), ("answer", answering)):
+            ratio = statistics.median(a / b for a, b in zip(found[count], found[0], strict=True))
+            row[f"{name}, tokens/s"] = f"{statistics.median(found[count]):.1f}"
+            row[f"{name}, of the base"] = f"{ratio:.3f}"
+        yield row
+
+
+def drawn(seed: int, width: int) -> torch.Tensor:
+    """A random vector that a probe may be."""
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+
+
+def no_probe(module: str, spec: Gate) -> torch.Tensor:
+    """There is no rank-one gate."""
+    raise AssertionError
+
+
+def percent(share: float) -> str:
+    """A share as tables have it."""
+    return f"{100 * share:.1f} %"
+
+
+if __name__ == "__main__":
+    main()
