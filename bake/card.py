@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from bake.evaluate import Rate
 from bake.evidence import MOVED, Evidence
 from bake.prompts.rows import HUB
-from bake.recipe import Add, PromptSource
+from bake.recipe import Add, Gate, PromptSource
 
 __all__ = ["JUDGES", "Kind", "Place", "card", "check_card"]
 
@@ -189,6 +189,8 @@ def _edit(edit: Any) -> str:
     if isinstance(edit, Add):
         return f"`add` at block {edit.layer} ({edit.site}), strength {edit.strength:g}"
     layers = ", ".join(map(str, edit.layers))
+    if isinstance(edit, Gate) and edit.form == "block":
+        return f"`gate` in a block behind each of blocks {layers}, strength {edit.strength:g}"
     return f"`{edit.op}` at blocks {layers}, strength {edit.strength:g}"
 
 

@@ -15,8 +15,9 @@ from transformers.activations import ACT2FN
 
 from bake.activations import Conversation
 from bake.carriers.blank import blank_block
-from bake.errors import ArchitectureError, FitError
+from bake.errors import ArchitectureError, FitError, ManifestError
 from bake.export.layout import patch_gguf
+from bake.fit.kept import built_again, ramp_key
 from bake.fit.ramp import (
     BINS,
     FOLDS,
@@ -29,17 +30,20 @@ from bake.fit.ramp import (
     ramps_of,
     readings,
 )
+from bake.fit.run import fit
 from bake.gguf_file import GGUFFile
 from bake.hooks import on_output, steered
 from bake.llama import LlamaModel
 from bake.model import Batch, LiveModel
 from bake.ops.block_gate import STEEP, BlockGate, mlp_input, ramp
 from bake.plan import check_gguf, make_plan
+from bake.prompts import Prompt, Splits
 from bake.recipe import Gate
 from tests.test_block import IN_LLAMA_CPP, VARIANTS, WIDE, adding, edits_of, lost, opened
 from tests.through_disk import BATCH, drawn, effect_lost, interventions, recipe_of
 from tests.tiny import write_tiny
 from tests.tiny_gguf import write_tiny_gguf
+from tests.word_fit import WORDS, ByWord, word_prompts
 
 F32, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
 # Rows that differ in what a gate needs: activation, norm in front, behind, fused, multipliers.
@@ -237,6 +241,37 @@ def test_a_fitted_gate_opens_on_the_target_and_its_complement_elsewhere(
         handle.remove()
         height = float(ramp(read(seen[0]), rows[:-1], rows[-1], ACT2FN["silu"])[0, 0])
         assert height == pytest.approx(wanted[role], abs=0.05)
+
+
+def test_a_fit_is_built_again_from_what_it_kept(tmp_path: Path) -> None:
+    write_tiny("gemma2", tmp_path, **WIDE)
+    base, arch = opened(tmp_path)
+    model = LiveModel.load(tmp_path, arch)
+    recipe = recipe_of(gating(0, 2, protected=0.5, closed=80.0))
+    plan = make_plan(recipe, base, arch)
+    prompts = {role: word_prompts(word) for role, word in WORDS.items()}
+    passages = tuple(Prompt(f"w40 w{n} w42", "text", "en") for n in range(4))
+    judge = ByWord(frozenset({WORDS["target"], WORDS["protected"]}))
+    texts = Splits(passages, passages, passages)
+    found = fit(model, base, plan, recipe, prompts, texts, judge)
+    assert set(found.kept) == {ramp_key(0, 0), ramp_key(0, 2)}
+    assert found.kept[ramp_key(0, 0)].shape == (3, 32)
+    assert set(found.openings) == set(found.constants) == {"model.layers.0", "model.layers.2"}
+    # Behind the second block no probe sees what the first one writes.
+    first, second = (found.kept[ramp_key(0, layer)] for layer in (0, 2))
+    steering = found.directions.vectors[0]
+    assert float((second @ steering).abs().max()) < 1e-4 * float(second.norm())
+    assert float((first @ steering).abs().max()) > 1e-2 * float(first.norm())
+    again = built_again(recipe, plan, base, arch, found.directions, found.kept)
+    for one, other in zip(found.interventions, again, strict=True):
+        for edit, same in zip(one.edits(), other.edits(), strict=True):
+            assert all(
+                torch.equal(getattr(edit, name), value) if isinstance(value, Tensor) else True
+                for name, value in vars(same).items()
+            )
+    with pytest.raises(ManifestError, match=r"there is no edits\.0\.ramp\.2"):
+        kept = {ramp_key(0, 0): first}
+        built_again(recipe, plan, base, arch, found.directions, kept)
 
 
 def test_a_class_of_few_topics_is_refused(tmp_path: Path) -> None:

@@ -286,6 +286,18 @@ def bench(place: Path) -> Iterator[Bench]:
             ],
         },
         {"edits": [{"op": "gate", "layers": [1, 2], "strength": -0.4, "ordered": True}]},
+        {
+            "edits": [
+                {
+                    "op": "gate",
+                    "form": "block",
+                    "layers": [0, 2],
+                    "strength": -1.5,
+                    "protected": 0.5,
+                    "closed": 80.0,
+                }
+            ],
+        },
     ],
     ids=str,
 )
@@ -301,8 +313,10 @@ def test_a_trial_makes_the_edits_that_a_bake_makes(bench: Bench, point: dict[str
             for edit in one.edits():
                 edits.setdefault(edit.tensor, []).append(edit)
     assert wanted.keys() == found.keys() == {edit.tensor for edit in ready.plan.edits}
+    shapes = {edit.tensor: edit.shape for edit in ready.plan.edits}
     for name, edits in wanted.items():
-        before = ready.base.read(name).float() if name in ready.base.tensors else torch.zeros(32)
+        new = name not in ready.base.tensors
+        before = torch.zeros(shapes[name]) if new else ready.base.read(name).float()
         change = apply_all(edits, before) - before
         torch.testing.assert_close(
             apply_all(found[name], before) - before,
