@@ -324,7 +324,7 @@ class Gate(_Section):
         "probe was not fitted on, below which the gate is closed.",
     )
     opened: Percent = Field(
-        default=50.0,
+        default=90.0,
         description="form: block: the percent of the target's tokens above which the gate is "
         "open in full.",
     )

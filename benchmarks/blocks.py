@@ -1,12 +1,13 @@
 """The block gate on the demo: what its probes read behind every layer, and what a block costs.
 
-    python -m benchmarks.blocks readings [--recipe NAME] [--layers 8-24] [--ridge 0.01]
+    python -m benchmarks.blocks readings [--layers 12,15,18] [--ridge 0.01] [--template 1]
     python -m benchmarks.blocks cost [--tokens 128] [--rounds 7]
 
-`readings` fits a probe behind every layer as a bake does, on the recipe's positions. Of topics that
-the probe was not fitted on it prints how far the constant is from 1, where the ramp begins and
-ends, and what opens of each class's tokens on average; then, on the prompts of the select split at
-their last token, what opens, and how far the weights' ramp is from a clip with an exact constant.
+`readings` fits a probe behind every layer as a bake does, on the last tokens of the prompts of
+`political-open`, as many as `--template` says, and on text. Of topics that the probe was not fitted
+on it prints how far the constant is from 1 and what opens of each class's tokens on average; then,
+on the prompts of the select split at their last token, what opens, and how far the weights' ramp is
+from a clip with an exact constant.
 
 `cost` patches the demo's GGUF with one and with three inserted blocks and prints tokens per second
 in llama.cpp, of a prompt and of an answer, the rounds of all files in turn. Their gates are of
@@ -23,16 +24,15 @@ from pathlib import Path
 
 import torch
 
-from bake.activations import Tap, collect
+from bake.activations import Conversation, Tap, collect
 from bake.carriers.blank import blank_block
 from bake.edits import Edit
 from bake.export.layout import patch_gguf
 from bake.export.requantise import F32
-from bake.fit.labels import labelled
+from bake.fit.labels import Labelled
 from bake.fit.ramp import ramps_of, readings, shown_classes
 from bake.fit.run import conversations_of, passages
 from bake.gguf_file import GGUFFile
-from bake.judge.choice import find_judge
 from bake.llama import LlamaModel
 from bake.model import LiveModel
 from bake.ops import OPERATORS, Measured
@@ -51,33 +51,37 @@ def main() -> None:
     """Measure and print."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("what", choices=("readings", "cost"))
-    arguments.add_argument("--recipe", default=RECIPE)
-    arguments.add_argument("--layers", default="8-24")
+    arguments.add_argument("--layers", default="11,13,15,17,19,21,23")
     arguments.add_argument("--ridge", type=float, default=0.01)
+    arguments.add_argument("--template", type=int, default=1)
     arguments.add_argument("--tokens", type=int, default=128)
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--json", type=Path, help="a file for the rows")
     chosen = arguments.parse_args()
     if chosen.what == "readings":
-        rows = list(read(chosen.recipe, chosen.layers, chosen.ridge))
+        found = read(chosen.layers, chosen.ridge, chosen.template)
     else:
-        rows = list(cost(chosen.tokens, chosen.rounds))
-    printed(rows)
+        found = cost(chosen.tokens, chosen.rounds)
+    rows = printed(found)
     if chosen.json:
         chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def read(name: str, layers: str, ridge: float) -> Iterator[Row]:
+def read(layers: str, ridge: float, template: int) -> Iterator[Row]:
     """A row a layer, of probes that are fitted one by one."""
-    overrides = ["edits=[{op: gate, form: block, layers: " + layers + ", strength: -1}]"]
-    recipe = load_recipe(name, overrides=overrides).recipe
+    overrides = [
+        f"edits=[{{op: gate, form: block, layers: [{layers}], strength: -1, ridge: {ridge}}}]",
+        f"fit.positions={{template: {template}, answer: 0}}",
+    ]
+    recipe = load_recipe(RECIPE, overrides=overrides).recipe
     ready = prepare(recipe)
     (spec,) = recipe.edits
     assert isinstance(spec, Gate)
     model = LiveModel.load(ready.base.folder, ready.arch)
-    limit, judge = recipe.fit.prompts_per_class, find_judge(recipe.judge)
+    limit = recipe.fit.prompts_per_class
+    # Nobody asks how they are answered.
     labels = {
-        role: labelled(model, recipe, prompts, judge)
+        role: [Labelled(one, tuple(model.render(one.text)), (), 0.0, ()) for one in prompts]
         for role, prompts in ready.part("fit", limit).items()
     }
     shown = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
@@ -86,8 +90,24 @@ def read(name: str, layers: str, ridge: float) -> Iterator[Row]:
     classes = shown_classes(shown, labels)
     found = readings(model, list(blanks.values()), classes, ["target"], ridge)
     chats = {
-        role: [tuple(model.render(one.text)) for one in prompts]
+        role: [
+            Conversation(ids, len(ids) - 1, ())
+            for ids in (tuple(model.render(p.text)) for p in prompts)
+        ]
         for role, prompts in ready.part("select", limit).items()
+    }
+    states = {
+        role: collect(
+            model,
+            shown,
+            {
+                layer: Tap(
+                    model.block(layer), "output", "every last", rows=tuple(range(len(shown)))
+                )
+                for layer in blanks
+            },
+        )
+        for role, shown in chats.items()
     }
     from transformers.activations import ACT2FN
 
@@ -96,22 +116,13 @@ def read(name: str, layers: str, ridge: float) -> Iterator[Row]:
         row: Row = {"layer": layer, "constant": percent(found[layer].error.held_out)}
         row |= {f"{role}, held out": percent(one) for role, one in opened.items()}
         inputs, farthest = mlp_input(model, blank), 0.0
-        for role, starts in chats.items():
-            x = torch.cat([inputs(last_state(model, layer, ids)) for ids in starts])
+        for role, moments in states.items():
+            x = inputs(moments[layer].values)
             height = ramp(x, rows[:-1], rows[-1], ACT2FN[blank.activation])[:, 0]
             clip = (x @ rows[0] / (x @ rows[-1])).clamp(0, 1)
             farthest = max(farthest, float((height - clip).abs().max()))
             row[f"{role}, select"] = percent(float(height.mean()))
         yield row | {"farthest from a clip": percent(farthest)}
-
-
-def last_state(model: LiveModel, layer: int, ids: tuple[int, ...]) -> torch.Tensor:
-    """The stream [1, d] behind a layer at the last token."""
-    from bake.activations import Conversation
-
-    one = Conversation(ids, len(ids) - 1, ())
-    tap = Tap(model.block(layer), "output", "every last", rows=(0,))
-    return collect(model, [one], {"state": tap})["state"].values
 
 
 def cost(tokens: int, rounds: int) -> Iterator[Row]:
