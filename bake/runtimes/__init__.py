@@ -36,8 +36,13 @@ class Runtime(Protocol):
         """How many tensors the runtime has loaded."""
         ...
 
-    def without_effect(self, names: Iterable[str]) -> list[str]:
-        """Those of some tensors, by the checkpoint's names, that it loads and never uses."""
+    def without_effect(
+        self, names: Iterable[str], shown: Sequence[Sequence[int]] = ()
+    ) -> list[str]:
+        """Those of the tensors with these names of the checkpoint that change no logit.
+
+        On a short text, nor on the token ids `shown`: a gate may be shut on the text.
+        """
         ...
 
     def close(self) -> None:

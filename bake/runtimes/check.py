@@ -78,7 +78,7 @@ def check_runtime(
     found = _logits(runtime, live, baked.interventions, (base, exact), sequences)
     return [
         Finding(runtime.name, "logits", *_parity(baked, runtime, found)),
-        Finding(runtime.name, "tensors", *_tensors(baked, runtime)),
+        Finding(runtime.name, "tensors", *_tensors(baked, runtime, sequences)),
         Finding(runtime.name, "template", *_checked(lambda: _template(runtime, live))),
         _answers(baked, runtime, live, found.apart),
     ]
@@ -162,8 +162,10 @@ def _logits(
     return _Logits(parity, moved, apart)
 
 
-def _tensors(baked: Baked, runtime: Runtime) -> tuple[bool, str]:
-    lost = runtime.without_effect(baked.edited)
+def _tensors(
+    baked: Baked, runtime: Runtime, sequences: Sequence[Sequence[int]]
+) -> tuple[bool, str]:
+    lost = runtime.without_effect(baked.edited, sequences)
     said = f"{runtime.tensors()} loaded, {len(baked.edited)} edited; "
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

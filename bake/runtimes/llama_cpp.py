@@ -63,7 +63,9 @@ class LlamaCpp:
     def tensors(self) -> int:  # noqa: D102
         return len(self._file.tensors)
 
-    def without_effect(self, names: Iterable[str]) -> list[str]:
+    def without_effect(
+        self, names: Iterable[str], shown: Sequence[Sequence[int]] = ()
+    ) -> list[str]:
         """Those that no node of the graph reads (`bake.ggml_graph`)."""
         read = self._model.tensors_read()
         there = dict.fromkeys(self._arch.gguf_name(name) for name in names)

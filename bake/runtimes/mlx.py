@@ -1,6 +1,7 @@
 """MLX: the baked checkpoint through mlx-lm, in float32, on the CPU outside of Apple's machines."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,20 @@ class MLX:
     def tensors(self) -> int:  # noqa: D102
         return len(self._parameters())
 
-    def without_effect(self, names: Iterable[str]) -> list[str]:
+    def without_effect(
+        self, names: Iterable[str], shown: Sequence[Sequence[int]] = ()
+    ) -> list[str]:
         """Those whose zeroing leaves the logits as they are; renamed ones are passed."""
-        ids = self.tokenize(PROBE)
-        before, parameters = self.logits(ids), self._parameters()
+        sequences, parameters = [self.tokenize(PROBE), *shown], self._parameters()
+        before = cache(lambda place: self.logits(sequences[place]))
         found = []
         for name in names:
             if name not in parameters:
                 continue
             kept = parameters[name]
             self._put(name, self._mx.zeros_like(kept))
-            if torch.equal(self.logits(ids), before):
+            places = range(len(sequences))
+            if all(torch.equal(self.logits(sequences[one]), before(one)) for one in places):
                 found.append(name)
             self._put(name, kept)
         return found

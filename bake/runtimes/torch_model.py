@@ -1,6 +1,7 @@
 """transformers: the baked checkpoint through stock classes, in float32."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,12 @@ class Transformers:
     def tensors(self) -> int:  # noqa: D102
         return len(self._model.model.state_dict())
 
-    def without_effect(self, names: Iterable[str]) -> list[str]:
+    def without_effect(
+        self, names: Iterable[str], shown: Sequence[Sequence[int]] = ()
+    ) -> list[str]:
         """Those whose zeroing leaves the logits as they are; experts fused in memory are passed."""
-        ids = self.tokenize(PROBE)
-        before = self.logits(ids)
+        sequences = [self.tokenize(PROBE), *shown]
+        before = cache(lambda place: self.logits(sequences[place]))
         found = []
         for name in names:
             module, _, leaf = name.rpartition(".")
@@ -70,7 +73,8 @@ class Transformers:
                 continue
             kept = parameter.detach().clone()
             parameter.data.zero_()
-            if torch.equal(self.logits(ids), before):
+            places = range(len(sequences))
+            if all(torch.equal(self.logits(sequences[one]), before(one)) for one in places):
                 found.append(name)
             parameter.data.copy_(kept)
         return found
