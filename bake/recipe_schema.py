@@ -350,7 +350,7 @@ class Gate(_Section):
         findings: list[tuple[tuple[str | int, ...], str]] = [
             ((name,), f"is of form: {form}, and form is {self.form}; leave it out")
             for name, form in of_form.items()
-            if name in self.model_fields_set and form != self.form
+            if form != self.form and getattr(self, name) != type(self).model_fields[name].default
         ]
         if self.elsewhere and self.protected:
             message = "elsewhere steers protected prompts as all others; leave one out"

@@ -37,7 +37,7 @@ SMALL = (
     "verify.prompts=4",
     "guard={protected_drop: 100, lookalike_rise: 100, general_rise: 100, runtime_gap: 100}",
 )
-FULL = ("export.adapters=[peft, gguf]",)
+FULL = ("export.adapters=[peft, gguf]", "export.gguf.edited_type=auto")
 # Where answers are not looked at.
 QUICK = ("evaluate.limit=1", "evaluate.answer_tokens=2", "verify.prompts=1")
 API = Path(__file__).parent.parent / "docs" / "api.md"

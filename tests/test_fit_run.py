@@ -25,8 +25,8 @@ from bake.journal import Journal
 from bake.model import LiveModel
 from bake.recipe import load_recipe
 from bake.work import Work
+from tests.chat_server import Answer, Script, reply
 from tests.launched import launch
-from tests.test_judges import Answer, Script, reply
 from tests.tiny import write_tiny
 
 RECIPE = """\

@@ -10,8 +10,8 @@ import pytest
 from bake.archs import ARCHS
 from bake.model import LiveModel
 from bake.prompts import load_prompts
+from tests.chat_server import Answer, Script, reply
 from tests.conftest import Run
-from tests.test_judges import Answer, Script, reply
 from tests.tiny import write_tiny
 
 RECIPE = """\

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chat_server import Script
 from tests.launched import launch
 from tests.test_fit_run import ROLES, judge, write_sets  # noqa: F401
-from tests.test_judges import Script
 from tests.tiny import write_tiny
 
 RECIPE = """\

@@ -23,7 +23,7 @@ from bake.evaluate import Rate
 from bake.hooks import steered
 from bake.judge import ANSWERED, REFUSED, Exchange, Verdict
 from bake.model import LiveModel, batches
-from bake.pipeline import _fit
+from bake.pipeline import fit_of
 from bake.prepare import prepare
 from bake.prompts import fingerprint, load_splits
 from bake.recipe import Guard, LoadedRecipe, Recipe, load_recipe
@@ -306,7 +306,7 @@ def test_a_trial_makes_the_edits_that_a_bake_makes(bench: Bench, point: dict[str
     ready = prepare(recipe)
     model = LiveModel.load(ready.base.folder, ready.arch)
     wanted, found = {}, {}
-    baked = _fit(ready, model, BySet()).interventions
+    baked = fit_of(ready, model, BySet()).interventions
     tried = bench.captured.interventions(recipe, bench.plan(recipe))
     for edits, of in ((wanted, baked), (found, tried)):
         for one in of:

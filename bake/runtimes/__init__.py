@@ -1,13 +1,14 @@
 """Real runtimes behind one interface: what each makes of a baked folder."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from bake.runtimes.template import Conversation
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "heard"]
 
 
 class Runtime(Protocol):
@@ -48,3 +49,11 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Free the model."""
         ...
+
+
+def heard(
+    logits: Callable[[Sequence[int]], Tensor], shown: Iterable[Sequence[int]]
+) -> Iterator[bytes]:
+    """A hash of the logits of each of some sequences, which a tensor without effect leaves."""
+    for ids in shown:
+        yield hashlib.sha256(logits(ids).contiguous().numpy().tobytes()).digest()

@@ -1,7 +1,6 @@
 """MLX: the baked checkpoint through mlx-lm, in float32, on the CPU outside of Apple's machines."""
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bake.errors import InputError, VerificationError
+from bake.runtimes import heard
 from bake.runtimes.template import Conversation
 from bake.runtimes.torch_model import PROBE, apply_template
 
@@ -71,15 +71,15 @@ class MLX:
     ) -> list[str]:
         """Those whose zeroing leaves the logits as they are; renamed ones are passed."""
         sequences, parameters = [self.tokenize(PROBE), *shown], self._parameters()
-        before = cache(lambda place: self.logits(sequences[place]))
+        before = list(heard(self.logits, sequences))
         found = []
         for name in names:
             if name not in parameters:
                 continue
             kept = parameters[name]
             self._put(name, self._mx.zeros_like(kept))
-            places = range(len(sequences))
-            if all(torch.equal(self.logits(sequences[one]), before(one)) for one in places):
+            now = heard(self.logits, sequences)
+            if all(one == was for one, was in zip(now, before, strict=True)):
                 found.append(name)
             self._put(name, kept)
         return found

@@ -1,7 +1,6 @@
 """transformers: the baked checkpoint through stock classes, in float32."""
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from bake.arch import Arch
 from bake.model import LiveModel, batches
+from bake.runtimes import heard
 from bake.runtimes.template import Conversation
 
 __all__ = ["Transformers", "apply_template"]
@@ -61,7 +61,7 @@ class Transformers:
     ) -> list[str]:
         """Those whose zeroing leaves the logits as they are; experts fused in memory are passed."""
         sequences = [self.tokenize(PROBE), *shown]
-        before = cache(lambda place: self.logits(sequences[place]))
+        before = list(heard(self.logits, sequences))
         found = []
         for name in names:
             module, _, leaf = name.rpartition(".")
@@ -73,8 +73,8 @@ class Transformers:
                 continue
             kept = parameter.detach().clone()
             parameter.data.zero_()
-            places = range(len(sequences))
-            if all(torch.equal(self.logits(sequences[one]), before(one)) for one in places):
+            now = heard(self.logits, sequences)
+            if all(one == was for one, was in zip(now, before, strict=True)):
                 found.append(name)
             parameter.data.copy_(kept)
         return found
