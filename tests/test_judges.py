@@ -489,7 +489,7 @@ def test_the_local_judge_says_what_its_model_writes(demo: Demo, tmp_path: Path) 
     assert again.judge(exchanges) == wanted
     assert "_loaded" not in vars(again)
     assert kept.get(again._request(exchanges[0], messages)) is not None
-    assert kept.get(LocalJudge(str(demo.model), tokens=13)._request(exchanges[0])) is None
+    assert kept.get(LocalJudge(str(demo.model), tokens=13)._request(exchanges[0], messages)) is None
 
 
 def test_a_local_judge_that_is_none(tmp_path: Path) -> None:
