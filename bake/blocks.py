@@ -5,6 +5,7 @@ arithmetic, so the numbers are the same for any number of threads. There is one 
 torch has, so that one reads or writes while the others compute.
 """
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,10 @@ __all__ = ["Matrix", "Source", "Workers", "matrices", "opened", "source_of", "wo
 
 # Numbers in a block: in float32 it stays in a core's cache.
 BLOCK: Final = 1 << 19
+# What is freed stays with the process up to so many bytes (mallopt(3); more is refused).
+KEPT: Final = 1 << 25
+M_TRIM_THRESHOLD: Final = -1
+M_MMAP_THRESHOLD: Final = -3
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -56,6 +61,7 @@ class Workers:
 @contextmanager
 def workers() -> Iterator[Workers]:
     """Threads for the body, each of which computes alone."""
+    _keep_what_is_freed()
     threads = torch.get_num_threads()
     count = threads + 1
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
@@ -65,6 +71,18 @@ def workers() -> Iterator[Workers]:
         pool.shutdown(cancel_futures=True)
         # The threads of the pool have set it for those that come after them too.
         torch.set_num_threads(threads)
+
+
+def _keep_what_is_freed() -> None:
+    """Let glibc's malloc keep the blocks for the next ones; other libraries have no such setting.
+
+    It gives them back to the system otherwise, and faulting their pages in again, thousands of
+    times, takes as long as the arithmetic.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, KEPT)
+        mallopt(M_MMAP_THRESHOLD, KEPT)
 
 
 @contextmanager
