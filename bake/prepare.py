@@ -1,6 +1,6 @@
 """Everything of a bake that can be known, and refused, before a weight is read."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -33,6 +33,7 @@ __all__ = [
     "base_stamps",
     "check_space",
     "check_trust",
+    "in_float32",
     "loaded_model",
     "prepare",
     "run_of",
@@ -142,22 +143,23 @@ def _directions(recipe: Recipe) -> tuple[Directions | None, str | None]:
     return found, file_hash(path)
 
 
-def check_space(ready: Prepared) -> None:
-    """Refuse a disk on which what is exported has no room."""
+def check_space(ready: Prepared, also: Iterable[int] = ()) -> None:
+    """Refuse a disk on which what is exported, and files of `also` so many bytes, have no room."""
     plan, sizes = ready.plan, [0]
     if ready.recipe.export.safetensors:
         edited = (edit.tensor for edit in plan.edits)
         sizes += written_sizes(ready.base, edited, plan.created)
-    if ready.gguf:
+    export = ready.recipe.export.gguf
+    if ready.gguf and export and not export.convert:
         sizes += [part.path.stat().st_size for part in ready.gguf.files]
-    if ready.gguf and ready.gguf.is_quantised:
-        names = {ready.arch.gguf_name(edit.tensor) for edit in plan.edits}
-        sizes.append(_in_float32(ready.gguf, names))
+        if ready.gguf.is_quantised:
+            names = {ready.arch.gguf_name(edit.tensor) for edit in plan.edits}
+            sizes.append(in_float32(ready.gguf, names))
     folder = ready.recipe.folder
-    check_room(folder, sizes, already_there(folder))
+    check_room(folder, [*sizes, *also], already_there(folder))
 
 
-def _in_float32(gguf: GGUFFile, edited: Set[str]) -> int:
+def in_float32(gguf: GGUFFile, edited: Set[str]) -> int:
     """The bytes of a GGUF with some tensors in float32: what the baked one is compared with."""
     return sum(
         4 * prod(one.shape) if one.name in edited else one.nbytes for one in gguf.tensors.values()

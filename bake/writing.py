@@ -26,7 +26,7 @@ from bake.hooks import edits_by_tensor
 from bake.imatrix import read_importance
 from bake.model import LiveModel
 from bake.ops.add import Add
-from bake.prepare import Prepared, loaded_model
+from bake.prepare import Prepared, check_space, in_float32, loaded_model
 from bake.progress import progress
 from bake.recipe import LoadedRecipe
 from bake.staging import journal_of
@@ -156,10 +156,30 @@ def road_of(ready: Prepared, llama_cpp: Path | None) -> Road | None:
 
 
 def reference_of(ready: Prepared, road: Road, aside: Path) -> Reference:
-    """The base through the converter: what that refuses is refused before anything is fitted."""
+    """The base through the converter: what that refuses is refused before anything is fitted.
+
+    So is a disk without room for the files on the road, of which the first is made here.
+    """
+    check_space(ready, [road.size(ready.base)])
     texts = [one.text for one in ready.texts.fit]
     model = loaded_model(ready, torch.float32)
-    return road.reference(ready.base.folder, model, texts, aside)
+    reference = road.reference(ready.base.folder, model, texts, aside)
+    check_space(ready, _to_come(ready, reference))
+    return reference
+
+
+def _to_come(ready: Prepared, reference: Reference) -> list[int]:
+    """The bytes of the files beside the checkpoint that `converted` has on the disk at once."""
+    export, file = ready.recipe.export.gguf, reference.file
+    assert export is not None
+    full, whole = (one.path.stat().st_size for one in (reference.full, file))
+    edited = {ready.arch.gguf_name(edit.tensor) for edit in ready.plan.edits}
+    exact = in_float32(file, edited) if file.is_quantised else 0
+    if export.patches_converted:
+        return [whole, exact]
+    baked = [] if ready.recipe.export.safetensors else [full]
+    # The patched base and what it is compared with, then the result and its parts.
+    return [*baked, full, full, whole if file.is_quantised else 0]
 
 
 def converted(

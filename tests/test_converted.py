@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.demo import Demo
 from bake.directions import Directions, save_directions
-from bake.errors import ConverterError, VerificationError
+from bake.errors import ConverterError, OutputError, VerificationError
 from bake.evidence import MOVED
 from bake.export.conversion import convert_to_file
 from bake.export.convert import convert
@@ -279,6 +281,35 @@ def test_a_converted_base_is_patched(
     file = GGUFFile.open(next((tmp_path / "out, edited_type: auto").glob("recipe-00001-of-*.gguf")))
     assert file.tensors["blk.2.ffn_down.weight"].type.name == "Q4_0"
     assert file.metadata["general.quantized_by"] == "bake (by llama.cpp's quantiser)"
+
+
+class FittedError(Exception):
+    """There was room so far."""
+
+
+def test_room_for_the_files_on_the_road_is_asked_for_before_the_fit(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo: Demo
+) -> None:
+    """Beside the checkpoint two more files in floating point; few bytes where a base is patched."""
+    place(tmp_path, monkeypatch, demo, "llama", "bias")
+    whole = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+    monkeypatch.setattr("bake.pipeline.fit_of", Mock(side_effect=FittedError))
+
+    def bake_with(copies: float, kind: str) -> None:
+        used = SimpleNamespace(free=int(copies * whole))
+        monkeypatch.setattr("bake.preflight.shutil.disk_usage", lambda _: used)
+        gguf = f"export.gguf={{convert: q4_0{kind}}}"
+        bake(load_recipe("recipe.yaml", overrides=(gguf,), output="out"))
+
+    for copies in (1.5, 2.5):
+        with pytest.raises(OutputError, match=r"out: \d.* to write, and .* free; make room"):
+            bake_with(copies, "")
+    for copies, kind in ((2.5, ", edited_type: auto"), (4, "")):
+        with pytest.raises(FittedError):
+            bake_with(copies, kind)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("given.safetensors", "model", "recipe.yaml")
+    ]
 
 
 def test_the_mix_of_another_file_is_taken(

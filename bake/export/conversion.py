@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
@@ -181,6 +182,11 @@ class Road:
         asked = replace(asked, tensor_types=(*asked.tensor_types, *inserted))
         importance = reference.importance and reference.importance.renamed(renamed)
         return self.quantised(full, output, importance, asked)
+
+    def size(self, base: Checkpoint) -> int:
+        """The bytes of a checkpoint in floating point, nearly; from headers alone."""
+        width = _DTYPES[GGMLQuantizationType[self.outtype.upper()]].itemsize
+        return width * sum(prod(one.shape) for one in base.tensors.values())
 
     def converted(self, folder: Path, output: Path) -> GGUFFile:
         """A checkpoint in floating point."""
