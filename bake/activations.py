@@ -21,6 +21,7 @@ __all__ = ["Conversation", "Keep", "Moments", "Tap", "collect", "samples"]
 
 Keep = Literal["mean", "second", "covariance"]
 STRIP = 256  # columns of a Gram matrix at a time
+CPU = torch.device("cpu")
 SAMPLES = 1024  # samples at a time: adding a product to what there is costs as a hundred of them
 
 
@@ -73,11 +74,14 @@ class Moments:
 
     The products of `second` are of float32: they are the cost of a gate's many tokens. Those
     of `covariance` are of float64, since the mean is taken off. `rows` are the numbers, in the
-    caller's order, of the samples that stay themselves.
+    caller's order, of the samples that stay themselves. The products are made and held on a
+    `device`.
     """
 
-    def __init__(self, keep: Keep = "mean", rows: Sequence[int] = ()) -> None:
-        self.keep = keep
+    def __init__(
+        self, keep: Keep = "mean", rows: Sequence[int] = (), device: torch.device = CPU
+    ) -> None:
+        self.keep, self._device = keep, device
         self.rows = tuple(rows)
         self._places = {row: place for place, row in enumerate(self.rows)}
         self._weight = torch.zeros((), dtype=torch.float64)
@@ -112,10 +116,10 @@ class Moments:
         """Add the products of the samples that wait: many at a time cost less than few."""
         if not self._waiting:
             return
-        rows = torch.cat(self._waiting)
+        rows = torch.cat(self._waiting).to(self._device)
         self._waiting, width = [], rows.shape[1]
         if not self._outer.ndim:
-            self._outer = torch.zeros(width, width, dtype=torch.float64)
+            self._outer = torch.zeros(width, width, dtype=torch.float64, device=self._device)
         # Both halves are the same: what is below these strips is never computed.
         for first in range(0, width, STRIP):
             strip = rows[:, first : first + STRIP].T
@@ -124,6 +128,7 @@ class Moments:
     def share(self, work: Work, rank: int) -> None:
         """Take what the process has that took the samples in."""
         self._multiply()
+        self._outer = self._outer.cpu()
         own = (self._weight, self._total, self._outer, self._kept)
         self._weight, self._total, self._outer, self._kept = work.by(rank, lambda: own)
 
@@ -149,7 +154,7 @@ class Moments:
     def gram(self) -> Tensor:
         """Weighted mean of x xᵀ [d, d], float64, about zero."""
         self._multiply()
-        upper = self._outer.triu() / self.weight
+        upper = self._outer.cpu().triu() / self.weight
         return upper + upper.triu(1).T
 
     @property
@@ -182,7 +187,7 @@ def collect(
     Raises FitError when there is no conversation, when one has no token so far back, or when
     an activation is not finite.
     """
-    moments = {name: Moments(tap.keep, tap.rows) for name, tap in taps.items()}
+    moments = {name: Moments(tap.keep, tap.rows, model.device) for name, tap in taps.items()}
     # In an order that all processes have: a set's is each one's own.
     dealt = sorted(taps, key=str)
     for batch, found in samples(model, conversations, taps, batch_size, progress, state, run):
@@ -238,7 +243,7 @@ def samples(
     def watch(name: Any, tap: Tap) -> list[RemovableHandle]:
         def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             found = inputs[0] if tap.side == "input" else output
-            samples = _state(found)[mask[tap.where]]
+            samples = _read(found, mask[tap.where])
             if name in inside:
                 samples = samples + inside.pop(name)
             if tap.norm:
@@ -247,13 +252,14 @@ def samples(
                 take_in(name, samples)
 
         def divide(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-            read = inputs[0][mask[tap.where]].float()
+            read = _read(inputs, mask[tap.where]).float()
             size = read.square().mean(-1, keepdim=True).sqrt()
             take_in(name, waiting.pop(name).float() / size)
 
         def written(factor: float) -> Callable[..., None]:
             def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-                inside[name] = factor * _state(output)[mask[tap.where]] + inside.get(name, 0)
+                read = _read(output, mask[tap.where])
+                inside[name] = factor * read + inside.get(name, 0)
 
             return add
 
@@ -306,10 +312,10 @@ def _places(
     return [one.decision if name == "decision" else (one.last - back,) for one in found]
 
 
-def _state(found: Any) -> Tensor:
-    """The hidden state, also where a module returns a tuple around it."""
+def _read(found: Any, mask: Tensor) -> Tensor:
+    """The hidden states [n, d] at a mask, also where a module returns a tuple around them."""
     state: Tensor = found[0] if isinstance(found, tuple) else found
-    return state
+    return state[mask.to(state.device)].cpu()
 
 
 def _mask(batch: Batch, places: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:

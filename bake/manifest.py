@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
+from bake.device import CPU, chosen_device
 from bake.errors import ManifestError
 
 __all__ = [
@@ -118,7 +119,10 @@ def file_hash(path: Path, progress: Callable[[int], None] = lambda _: None) -> s
 
 
 def versions() -> dict[str, str]:
-    """The versions of bake and of the packages whose numbers it relies on."""
+    """The versions of bake and of the packages whose numbers it relies on.
+
+    With the kind of device that models run on, where it is not the processor.
+    """
     from bake import __version__
 
     found = {"bake": __version__}
@@ -127,4 +131,5 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    device = chosen_device().partition(":")[0]
+    return found if device == CPU else {**found, "device": device}

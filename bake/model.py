@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from bake.arch import Arch
+from bake.device import AUTO, CPU, chosen_device
 from bake.errors import CheckpointError
 from bake.placement import check_shapes, placement, removed_with
 from bake.tokens import shared_beginning
@@ -110,7 +111,8 @@ class LiveModel:
         the model never: bake's table is of the stock ones. `system` is the system's turn in
         front of every prompt, in place of the template's own. Without a dtype it is the
         checkpoint's own, or float32 where the processor has no fast arithmetic in that. What does
-        not fit into memory is read from disk in every pass (`placement`). Raises CheckpointError
+        not fit into memory is read from disk in every pass, and BAKE_DEVICE has the weights
+        where it is set (`placement`). Raises CheckpointError
         when transformers cannot load it, when tensors of the file find no place in the class,
         when a wrapper's text model is not of the row's class, or when there is no chat template.
         """
@@ -126,13 +128,15 @@ class LiveModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        model, placed = None, {}
+        model, placed, device = None, {}, chosen_device()
         try:
             config = AutoConfig.from_pretrained(folder, **OWN)
             causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
             loader = AutoModelForCausalLM if causal else AutoModelForMultimodalLM
             stored = config.get_text_config().dtype or torch.float32
-            wanted = dtype or (stored if _fast(stored) else torch.float32)
+            # Devices beside the processor are fast in every type.
+            fast = device != CPU or _fast(stored)
+            wanted = dtype or (stored if fast else torch.float32)
             # What dequantises on loading takes its own way there.
             quantised = hasattr(config, "quantization_config")
             placed = {} if quantised else placement(folder, wanted)
@@ -170,8 +174,11 @@ class LiveModel:
                 f"{folder}: the tokenizer has no chat template; bake steers chat models"
             )
         # Of a checkpoint in FP8 transformers gives the dtype to some of the weights alone.
-        if not placed and (dtype == torch.float32 or (dtype is None and not _fast(model.dtype))):
+        slow = device == CPU and not _fast(model.dtype)
+        if not placed and (dtype == torch.float32 or (dtype is None and slow)):
             nn.Module.float(model)
+        if not placed and device not in (CPU, AUTO):
+            nn.Module.to(model, device)
         # What else a checkpoint wants of its answers (a penalty of repetitions, a cut of the
         # vocabulary) no other runtime does by itself, and drawn text would be of another kind.
         ends = model.generation_config.eos_token_id
@@ -241,14 +248,31 @@ class LiveModel:
         """The decoder block of a layer."""
         return self.module(self.arch.layer.format(layer=layer))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first weights lie, and token ids go; accelerate moves what lies elsewhere.
+
+        What this class returns is always in the processor's memory.
+        """
+        first: torch.device = next(self.model.parameters()).device
+        # Of weights on disk there is nothing here: what is read is computed by the processor.
+        return torch.device("cpu") if first.type == "meta" else first
+
     def logits(self, batch: Batch) -> Tensor:
         """Logits [batch, length, vocabulary] in float32; rows of padding mean nothing."""
         with torch.inference_mode():
-            output = self.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=_positions(batch.mask)
-            )
-        logits: Tensor = output.logits.float()
+            output = self.model(**self._inputs(batch.ids, batch.mask, NO_PREFIX))
+        logits: Tensor = output.logits.float().cpu()
         return logits
+
+    def _inputs(self, ids: Tensor, whole_mask: Tensor, prefix: Prefix) -> dict[str, Tensor]:
+        """What a pass over the tokens behind a prefix takes."""
+        positions = _positions(whole_mask)[:, len(prefix.ids) :]
+        return {
+            "input_ids": ids.to(self.device),
+            "attention_mask": whole_mask.to(self.device),
+            "position_ids": positions.to(self.device),
+        }
 
     def last_logits(self, batch: Batch, count: int) -> Tensor:
         """Logits [batch, count, vocabulary] of the last positions in float32, with gradients.
@@ -256,14 +280,12 @@ class LiveModel:
         Of what hooks bring in: the model's own weights take none.
         """
         output = self.model(
-            input_ids=batch.ids,
-            attention_mask=batch.whole_mask,
-            position_ids=_positions(batch.whole_mask)[:, len(batch.prefix.ids) :],
+            **self._inputs(batch.ids, batch.whole_mask, batch.prefix),
             past_key_values=batch.prefix.repeated(len(batch.rows)),
             use_cache=False,
             logits_to_keep=count,
         )
-        logits: Tensor = output.logits.float()
+        logits: Tensor = output.logits.float().cpu()
         return logits
 
     def prefix(self, sequences: Sequence[Sequence[int]], longest: int) -> Prefix:
@@ -279,7 +301,7 @@ class LiveModel:
             return NO_PREFIX
         with torch.inference_mode():
             cache = self.model.base_model(
-                input_ids=torch.tensor([shared]), use_cache=True
+                input_ids=torch.tensor([shared], device=self.device), use_cache=True
             ).past_key_values
         if type(cache) is not DynamicCache:
             return NO_PREFIX
@@ -290,9 +312,7 @@ class LiveModel:
         """Run the decoder without the head, for what hooks see on the way."""
         with torch.inference_mode():
             self.model.base_model(
-                input_ids=batch.ids,
-                attention_mask=batch.whole_mask,
-                position_ids=_positions(batch.whole_mask)[:, len(batch.prefix.ids) :],
+                **self._inputs(batch.ids, batch.whole_mask, batch.prefix),
                 past_key_values=batch.prefix.repeated(len(batch.rows)),
                 use_cache=False,
             )
@@ -315,18 +335,16 @@ class LiveModel:
         prefix = self.prefix(prompts, min(map(len, prompts), default=1) - 1)
 
         def written(batch: Batch) -> dict[str, Tensor]:
-            with torch.inference_mode():
-                found = self.model.generate(
-                    input_ids=batch.whole_ids,
-                    attention_mask=batch.whole_mask,
-                    past_key_values=prefix.repeated(len(batch.rows)),
-                    max_new_tokens=tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
+            found = self.generate(
+                batch.whole_ids,
+                batch.whole_mask,
+                past_key_values=prefix.repeated(len(batch.rows)),
+                max_new_tokens=tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
             return {"written": found[:, batch.whole_ids.shape[1] :].contiguous()}
 
         answers: dict[int, list[int]] = {}
@@ -338,22 +356,32 @@ class LiveModel:
                 answers[row] = ids[:stop]
         return [answers[row] for row in sorted(answers)]
 
+    def generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        """The ids [n, length] with what is written behind them, as transformers' `generate`."""
+        with torch.inference_mode():
+            found: Tensor = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **options,
+            )
+        return found.cpu()
+
     def sample(self, starts: Tensor, tokens: int) -> list[list[int]]:
         """Texts of exactly `tokens` tokens behind `starts` [n, length], drawn at temperature 1.
 
         The same on every call, and torch's own generator stays as it was.
         """
-        with torch.inference_mode(), torch.random.fork_rng():
+        with torch.random.fork_rng():
             torch.manual_seed(0)
-            written = self.model.generate(
-                input_ids=starts,
-                attention_mask=torch.ones_like(starts),
+            written = self.generate(
+                starts,
+                torch.ones_like(starts),
                 max_new_tokens=tokens,
                 do_sample=True,
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=None,
             )
         found: list[list[int]] = written.tolist()

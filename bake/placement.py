@@ -1,10 +1,11 @@
-"""Where the weights of a model lie while it runs: in memory, or on disk beyond what that holds."""
+"""Where the weights of a model lie while it runs: in memory, on a device, or else on disk."""
 
 import math
 import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from bake.cache import cache_folder
 from bake.checkpoint import Checkpoint
+from bake.device import AUTO, CPU, chosen_device
 from bake.errors import CheckpointError
 from bake.progress import note
 
@@ -42,11 +44,19 @@ def free_memory() -> int:
 def placement(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """What `from_pretrained` needs so that a checkpoint's weights fit, by their headers.
 
-    Nothing where they do. Otherwise accelerate's device map keeps as many blocks in memory as
-    the share allows and reads the others from disk in every pass. Only the folder for what
-    transformers cannot read from the checkpoint as it is lies in the cache folder.
+    Nothing where memory holds them. Otherwise accelerate's device map keeps as many blocks there
+    as the share allows and reads the others from disk in every pass. Only the folder for what
+    transformers cannot read from the checkpoint as it is lies in the cache folder. A device that
+    is named has all of them, `auto` begins with every accelerator. Raises as `chosen_device`.
     """
+    device = chosen_device()
+    if device not in (CPU, AUTO):
+        return {"device_map": {"": device}}
     room = int(SHARE * free_memory())
+    if device == AUTO:
+        from accelerate.utils import get_max_memory
+
+        return _mapped({**get_max_memory(), "cpu": room})
     sizes = [math.prod(one.shape) for one in Checkpoint.open(folder).tensors.values()]
     needed = sum(sizes) * dtype.itemsize
     if needed <= room:
@@ -55,10 +65,15 @@ def placement(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         f"{folder}: the weights take {needed / 2**30:.1f} GiB and have {room / 2**30:.1f} GiB: "
         "what is beyond that is read from disk in every pass (BAKE_MEMORY sets the memory)"
     )
+    return _mapped({"cpu": room})
+
+
+def _mapped(room: Mapping[int | str, int]) -> dict[str, Any]:
+    """accelerate's device map for the room on each device, and on disk what has none."""
     cache_folder().mkdir(parents=True, exist_ok=True)
     return {
         "device_map": "auto",
-        "max_memory": {"cpu": room},
+        "max_memory": dict(room),
         "offload_folder": tempfile.mkdtemp(prefix="offload-", dir=cache_folder()),
     }
 
@@ -81,7 +96,8 @@ def check_shapes(model: torch.nn.Module, folder: Path) -> None:
 
 def removed_with(model: object, placed: dict[str, Any]) -> None:
     """Remove the folder of a placement when its model is gone, or now where there is none."""
-    if placed and model is None:
-        shutil.rmtree(placed["offload_folder"], ignore_errors=True)
-    elif placed:
-        weakref.finalize(model, shutil.rmtree, placed["offload_folder"], ignore_errors=True)
+    folder = placed.get("offload_folder")
+    if folder and model is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder:
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)

@@ -50,18 +50,17 @@ def sampled_answers(
 
     def drawn(batch: Batch) -> dict[str, Tensor]:
         likelihood = _Likelihood()
-        with torch.inference_mode(), torch.random.fork_rng():
+        with torch.random.fork_rng():
             # Of the batch alone: it may be another process that draws the one before.
             torch.manual_seed(seed + batch.rows[0])
-            written = model.model.generate(
-                input_ids=batch.ids.repeat_interleave(samples, 0),
-                attention_mask=batch.mask.repeat_interleave(samples, 0),
+            written = model.generate(
+                batch.ids.repeat_interleave(samples, 0),
+                batch.mask.repeat_interleave(samples, 0),
                 max_new_tokens=tokens,
                 do_sample=True,
                 temperature=temperature,
                 top_k=0,
                 top_p=1.0,
-                pad_token_id=model.tokenizer.pad_token_id,
                 logits_processor=[likelihood],
             )
         ids = written[:, batch.ids.shape[1] :].contiguous()
@@ -102,5 +101,5 @@ class _Likelihood:
     def of(self, ids: Tensor) -> Tensor:
         """Log-probabilities [n, tokens] of the tokens that were drawn."""
         assert self._last is not None
-        last: Any = self._last.gather(1, ids[:, -1:])
-        return torch.cat([*self._drawn, last], 1)
+        last: Any = self._last.gather(1, ids[:, -1:].to(self._last.device))
+        return torch.cat([*self._drawn, last], 1).cpu()

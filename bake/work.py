@@ -58,7 +58,7 @@ class Work:
         from accelerate import PartialState
 
         with _together():
-            # Models run on the processor, whatever else the machine has.
+            # What is exchanged is in memory, wherever models run.
             state = PartialState(cpu=True, timeout=_patience())
         return cls(state.process_index, state.num_processes)
 

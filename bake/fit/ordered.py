@@ -100,7 +100,7 @@ class _Walk:
         `before` is the gate before it, if there is one, whose readings are taken in.
         """
         read = {one.module: taps[one.module] for one in (*before, gate)}
-        moments = Moments("second")
+        moments = Moments("second", device=self._model.device)
         cross = torch.zeros((), dtype=torch.float64)
         for batch, found in samples(
             *(self._model, self._conversations, read), progress=progress, run=self._onward.to(layer)

@@ -56,8 +56,8 @@ class Place:
         """
         joining = self.middle.get(layer, ((self.model.block(layer), 1.0),))
         module, factor = joining[0]
-        moved = (vector / factor).to(self.model.model.dtype)
-        return on_output(module, lambda state, _: state + moved)
+        moved = vector / factor
+        return on_output(module, lambda state, _: state + moved.to(state))
 
 
 def place_of(

@@ -38,9 +38,10 @@ def shifted(
     stack = ExitStack()
     blocks = [model.block(layer) for layer in range(layers)]
     if remove is not None:
-        rows = frame(rows_of(remove).float()).to(model.model.dtype)
+        basis = frame(rows_of(remove).float())
 
         def without(state: Tensor, _: object) -> Tensor:
+            rows = basis.to(state)
             along: Tensor = (state @ rows.mT) @ rows
             return state - along
 

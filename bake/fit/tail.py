@@ -33,7 +33,7 @@ class Tail:
 
     def shifted(self, vector: Tensor) -> Tensor:
         """As `clean`, with a vector [d] added behind the block at every position."""
-        state = self._states + vector.to(self._states.dtype)
+        state = self._states + vector.to(self._states)
         with replaced(self._blocks, (state,) if self._wrapped else state):
             return self._last()
 

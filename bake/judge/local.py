@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bake.device import CPU, chosen_device
 from bake.errors import JudgeError
 from bake.judge import Exchange, Question, Verdict
 from bake.judge.cache import Replies
@@ -76,8 +77,8 @@ class LocalJudge:
             for part in batches(chats, tokenizer.pad_token_id, self.batch):
                 with torch.inference_mode():
                     written = model.generate(
-                        input_ids=part.ids,
-                        attention_mask=part.mask,
+                        input_ids=part.ids.to(model.device),
+                        attention_mask=part.mask.to(model.device),
                         max_new_tokens=self.tokens,
                         do_sample=False,
                         temperature=None,
@@ -108,10 +109,12 @@ class LocalJudge:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        local = Path(self.model).is_dir()
+        local, device = Path(self.model).is_dir(), chosen_device()
         where = {"revision": self.revision, "local_files_only": local, "trust_remote_code": False}
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto", **where)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.model, dtype="auto", device_map=None if device == CPU else device, **where
+            )
             tokenizer = AutoTokenizer.from_pretrained(self.model, **where)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -46,10 +46,10 @@ class Add:
         if self.site == "in":
             yield model.block(self.layer).register_forward_pre_hook(self._shift_input)
         elif self.site == "out":
-            yield on_output(model.block(self.layer), lambda h, _: h + self.vector.to(h.dtype))
+            yield on_output(model.block(self.layer), lambda h, _: h + self.vector.to(h))
         else:
             branch = model.module(self.carried.branch)
-            yield on_output(branch, lambda y, _: y + self._written.to(y.dtype))
+            yield on_output(branch, lambda y, _: y + self._written.to(y))
 
     def edits(self) -> Sequence[Edit]:
         """One edit of the tensor that carries the vector."""
@@ -71,7 +71,7 @@ class Add:
         return self.vector / self.carried.multiplier
 
     def _shift_input(self, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] + self.vector.to(inputs[0].dtype), *inputs[1:])
+        return (inputs[0] + self.vector.to(inputs[0]), *inputs[1:])
 
 
 class AddOperator:

@@ -76,8 +76,8 @@ class BlockGate:
 
         def change(h: Tensor, _: object) -> Tensor:
             x = read(h)
-            opened = ramp(x, self.probes.to(x.dtype), self.constant.to(x.dtype), act)
-            added = opened @ vectors.to(x.dtype)
+            opened = ramp(x, self.probes.to(x), self.constant.to(x), act)
+            added = opened @ vectors.to(x)
             if norm is not None:
                 added[..., self._channel] = x.square().sum(-1) * (self._gain / width**0.5)
                 added = norm(added)
@@ -162,9 +162,10 @@ def _with_gain(norm: nn.Module, weight: Tensor) -> nn.Module:
     """A norm of the same class with another weight, and no bias."""
     copy = deepcopy(norm)
     for name, parameter in copy.named_parameters():
-        parameter.data = parameter.data.clone().zero_()
+        value = torch.zeros_like(parameter)
         if name == "weight":
-            parameter.data += weight.to(parameter.dtype)
+            value += weight.to(parameter)
+        copy.register_parameter(name, nn.Parameter(value, requires_grad=False))
     return copy
 
 

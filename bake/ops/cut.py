@@ -39,7 +39,7 @@ class Cut:
 
     def without(self, output: Tensor) -> Tensor:
         """y - λ R Rᵀ y for y [.., d]."""
-        basis = self.basis.to(output.dtype)
+        basis = self.basis.to(output)
         return output - self.strength * ((output @ basis) @ basis.T)
 
 
@@ -54,12 +54,12 @@ class WriterCutKeepingNorms(Cut):
         """Hook the writer, whose input the hook needs."""
         module: Any = model.module(self.module)
         weight, axis = module.weight.detach(), self.tensors[0][1]
-        whole = weight.float()
+        whole = weight.float().cpu()
         left = RemoveSubspace("", self.basis, self.strength, axis).apply(whole)
         more = (rescaling(whole, left, axis) - 1).flatten()
 
         def change(output: Tensor, a: Tensor) -> Tensor:
-            added = (a * more.to(a.dtype)) @ (weight.T if axis == -2 else weight)
+            added = (a * more.to(a)) @ (weight.T if axis == -2 else weight)
             return self.without(output + added)
 
         return on_output(module, change)
@@ -81,7 +81,7 @@ class EmbeddingCutKeepingNorms(Cut):
         def change(output: Tensor, _: Tensor) -> Tensor:
             whole = output.float()
             left = self.without(whole)
-            return (left * rescaling(whole, left, -1)).to(output.dtype)
+            return (left * rescaling(whole, left, -1)).to(output)
 
         return on_output(model.module(self.module), change)
 

@@ -50,8 +50,8 @@ class Gate:
         """Hook the writer, whose input the probe reads."""
 
         def change(output: Tensor, a: Tensor) -> Tensor:
-            opening = a @ self.probe.to(a.dtype)
-            return output + opening.unsqueeze(-1) * self.vector.to(output.dtype)
+            opening = a @ self.probe.to(a)
+            return output + opening.unsqueeze(-1) * self.vector.to(output)
 
         yield on_output(model.module(self.module), change)
 

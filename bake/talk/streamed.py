@@ -29,19 +29,17 @@ def streamed(model: LiveModel, prompt: Sequence[int], tokens: int) -> Iterator[i
     def run() -> None:
         ids = torch.tensor([list(prompt)])
         try:
-            with torch.inference_mode():
-                model.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=model.tokenizer.pad_token_id,
-                    streamer=_Put(found),
-                    stopping_criteria=StoppingCriteriaList([_Closed(closed)]),
-                )
+            model.generate(
+                ids,
+                torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                streamer=_Put(found),
+                stopping_criteria=StoppingCriteriaList([_Closed(closed)]),
+            )
             found.put(None)
         except BaseException as error:
             found.put(error)
@@ -83,4 +81,4 @@ class _Closed(StoppingCriteria):  # type: ignore[misc]
         self._closed = closed
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(input_ids),), self._closed.is_set(), dtype=torch.bool)
+        return torch.full_like(input_ids[:, 0], self._closed.is_set(), dtype=torch.bool)
