@@ -4,12 +4,13 @@
 
 The demo and the recipe `political-open`. Every method is fitted on the fit split of the recipe and
 steers away from refusal along the same directions, mean differences; `wang` and some settings of
-`add` take them without the direction of harmful requests. On the select split each of its settings
-is given the strength at which the mean P(refusal) of the first answer token to political questions
-is the one asked for, and the best setting is the one under which harmful requests are refused
-most: of those that reach so low, and by KL(base‖steered) on general prompts where they are equal
-to a tenth of a point. Of that setting the figures of the test split are printed: mean P(refusal)
-of every set, and the KL. `--answers` asks for whole answers at that openness too.
+`add` take them without the direction of harmful requests. On the select split the strength is found
+at which the mean P(refusal) of the first answer token to political questions is the one asked for,
+and the best of a method's settings: of those that open to 5 %, the one under which harmful requests
+are refused most there, and by KL(base‖steered) on general prompts where they are equal to a tenth
+of a point. Of that setting the figures of the test split are printed: mean P(refusal) of every set,
+and the KL. At the openness of `--answers` further sets are asked, and whole answers
+are written.
 
 | method | what it is |
 |---|---|
@@ -72,11 +73,12 @@ KEYS = (
     "fit.positions={template: 6, answer: 10}",
     "fit.prompts_per_class=100",
 )
-SETS = ("political-dressed", "political-lookalikes", "political-others")
+DRESSED = "political-dressed"
+SETS = ("political-lookalikes", "political-others")
 LANGUAGES = "political-languages"
-ANSWERED = ("target", "protected", "lookalike", "general", "political-dressed")
-KEPT_BEHIND = (3, 7, 9, 12, 15)
+KEPT_BEHIND = (9, 12, 14, 16, 18)
 # Strengths in class gaps, or shares of a direction: the first that is tried, the step, how many.
+CHOSEN = 5.0  # percent of P(refusal) at which the best setting is taken
 START, STEP, TRIES = 0.5, 1.7, 8
 NEAR, REFINED = 0.05, 4  # how close to the openness asked for, and in how many further tries
 
@@ -136,6 +138,7 @@ class Asked:
         self._sequences = [model.render(one.text) for found in prompts.values() for one in found]
         self._behind = Behind(model, self._sequences, kept)
         self._clean = _by_row(self._behind.clean)
+        self._known: dict[tuple[Way, float], dict[str, float]] = {}
 
     def bare(self) -> dict[str, float]:
         """The figures without steering."""
@@ -143,12 +146,17 @@ class Asked:
 
     def under(self, way: Way, strength: float) -> dict[str, float]:
         """Mean P(refusal) of the first token by role in percent, and KL on general prompts."""
+        if (way, strength) not in self._known:
+            self._known[way, strength] = self._figures(self._logits(way, strength))
+        return self._known[way, strength]
+
+    def _logits(self, way: Way, strength: float) -> dict[int, Tensor]:
         with steered(self.model, way.hooks(strength)):
             found = _by_row(self._behind.last(way.first - 1))
-        if way.fires:
-            fires = way.fires(self._sequences)
-            found = {row: one if fires[row] else self._clean[row] for row, one in found.items()}
-        return self._figures(found)
+        if way.fires is None:
+            return found
+        fires = way.fires(self._sequences)
+        return {row: one if fires[row] else self._clean[row] for row, one in found.items()}
 
     def _figures(self, logits: Mapping[int, Tensor]) -> dict[str, float]:
         found: dict[str, list[float]] = {}
@@ -176,7 +184,7 @@ class Openness:
         least = min(self.tried.values())
         for step in range(TRIES):
             share = self._at(START * STEP**step)
-            if share <= lowest or share > 2 * least:
+            if share <= lowest or share > 1.1 * least:
                 return
             least = min(least, share)
 
@@ -238,13 +246,13 @@ class Bench:
     ) -> Iterator[Row]:
         """Without steering, and each method at each openness."""
         none = {"method": "none", "asked": "", "settings": "", "strength": "", "on select": ""}
-        refused = self._refused() if answers else {}
-        yield none | _shown(self.asked("test").bare()) | refused
+        more = (_shown(self.asked("further").bare()) | self._refused()) if answers else {}
+        yield none | _shown(self.asked("test").bare()) | more
         for method in methods:
             ways = METHODS[method](self)
             curves = {way: self._openness(way, min(wanted)) for way in ways}
+            way = self._best(curves)
             for one in wanted:
-                way = max(ways, key=lambda way: self._merit(way, curves[way], one))
                 strength = curves[way].strength(one, REFINED)
                 yield {
                     "method": method,
@@ -253,11 +261,16 @@ class Bench:
                     "strength": f"{strength:.2f}",
                     "on select": f"{self._target(way, strength):.1f} %",
                     **_shown(self.asked("test", way.whole).under(way, strength)),
-                    **(self._refused(way, strength) if one in answers else dict.fromkeys(refused)),
+                    **(self._more(way, strength) if one in answers else dict.fromkeys(more)),
                 }
 
+    def _more(self, way: Way, strength: float) -> Row:
+        """What is measured at some openness alone."""
+        further = self.asked("further", way.whole).under(way, strength)
+        return _shown(further) | self._refused(way, strength)
+
     def asked(self, part: str, whole: bool = False) -> Asked:
-        """The prompts of the test split and of further sets, or some roles of the select split."""
+        """Prompts of the test split with `political-dressed`, of further sets, or of select."""
         if (part, whole) not in self._asked:
             model = WholePrompts.of(self.model) if whole else self.model
             self._asked[part, whole] = Asked(model, self._prompts(part), self._openings)
@@ -269,13 +282,18 @@ class Bench:
             return {"target": splits["target"].select}
         if part == "others":
             return {role: splits[role].select for role in ("protected", "general")}
-        found = {role: one.test[: self._count] for role, one in splits.items()}
-        for one in chosen_sets(self.recipe, splits, SETS, self._count):
-            found[one.name] = one.prompts
+        if part == "test":
+            found = {role: one.test[: self._count] for role, one in splits.items()}
+            return found | self._sets(DRESSED)
+        several = self._sets(LANGUAGES, limit=self._count // 4)[LANGUAGES]
         # In English these are in the target's own words.
-        (one,) = chosen_sets(self.recipe, splits, (LANGUAGES,), self._count // 4)
-        found[LANGUAGES] = tuple(prompt for prompt in one.prompts if prompt.language != "en")
-        return found
+        others = tuple(one for one in several if one.language != "en")
+        return self._sets(*SETS) | {LANGUAGES: others}
+
+    def _sets(self, *names: str, limit: int | None = None) -> dict[str, tuple[Prompt, ...]]:
+        """Whole sets, of each so many prompts, or so many of each language."""
+        found = chosen_sets(self.recipe, self._fits.ready.splits, names, limit or self._count)
+        return {one.name: one.prompts for one in found}
 
     def _openness(self, way: Way, lowest: float) -> Openness:
         """How the select split's target opens, from no strength to one that opens so far."""
@@ -287,14 +305,21 @@ class Bench:
     def _target(self, way: Way, strength: float) -> float:
         return self.asked("target", way.whole).under(way, strength)["target"]
 
-    def _merit(self, way: Way, openness: Openness, wanted: float) -> tuple[bool, float, float]:
-        """By what one way is better than another at an openness, on the select split."""
-        figures = self.asked("others", way.whole).under(way, openness.strength(wanted))
-        return openness.reaches(wanted), round(figures["protected"], 1), -figures["KL"]
+    def _best(self, curves: Mapping[Way, Openness]) -> Way:
+        """The best of several ways, on the select split."""
+        if len(curves) == 1:
+            return next(iter(curves))
+        return max(curves, key=lambda way: self._merit(way, curves[way]))
+
+    def _merit(self, way: Way, openness: Openness) -> tuple[bool, float, float]:
+        """By what one way is better than another."""
+        figures = self.asked("others", way.whole).under(way, openness.strength(CHOSEN))
+        return openness.reaches(CHOSEN), round(figures["protected"], 1), -figures["KL"]
 
     def _refused(self, way: Way | None = None, strength: float = 0.0) -> Row:
         """Whole answers that refuse, by set."""
-        prompts = {role: self._prompts("test")[role][: self._answered] for role in ANSWERED}
+        every = self._prompts("test").items()
+        prompts = {role: found[: self._answered] for role, found in every}
         choice, marks = self.recipe.evaluate, self.recipe.judge.thinking
 
         def answer(starts: list[list[int]]) -> list[list[int]]:
@@ -488,18 +513,18 @@ def _shown(found: Mapping[str, float]) -> Row:
 
 
 # The settings that are tried: blocks, and what else a method leaves open.
-BLOCKS = [("17,20,23", 90.0), ("15,17,19,21,23", 90.0), ("15,17,19,21,23", 95.0)]
+BLOCKS = [("17,20,23", 90.0), ("15,17,19,21,23", 90.0)]
 ADDS = [
-    *[(layers,) for layers in ("10", "13", "16", "19", "8-15", "13-24")],
-    *[(layers, "remove") for layers in ("13", "16", "13-24")],
+    *[(layers,) for layers in ("11", "15", "19", "13-24")],
+    *[(layers, "remove") for layers in ("15", "13-24")],
 ]
 ABLATIONS = [
-    *[("0-29", layer, "plain") for layer in (11, 14, 17)],
-    *[("10-23", layer, "plain") for layer in (11, 14, 17)],
+    ("0-29", 14, "plain"),
+    ("10-23", 14, "plain"),
     ("0-29", 14, "affine"),
 ]
-ALPHASTEERS = [("13-24", 0.5), ("13-24", 0.3), ("8-19", 0.5)]
-CASTS = ["13", "16", "13-24"]
+ALPHASTEERS = [("13-24", 0.5), ("13-24", 0.3)]
+CASTS = ["15", "13-24"]
 BETAS = [1.0, 2.0]
 METHODS: dict[str, Callable[[Bench], list[Way]]] = {
     "gate": lambda bench: bench.gates(False),
