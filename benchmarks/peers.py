@@ -56,8 +56,8 @@ class AlphaSteer:
         def change(output: Tensor, _: object) -> Tensor:
             if output.shape[1] == 1:
                 return output
-            opening = output[:, -1:] @ self.probe.to(output.dtype)
-            return output + opening.unsqueeze(-1) * self.vector.to(output.dtype)
+            opening = output[:, -1:] @ self.probe.to(output)
+            return output + opening.unsqueeze(-1) * self.vector.to(output)
 
         yield on_output(model.block(self.layer), change)
 
