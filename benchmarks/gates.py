@@ -9,8 +9,7 @@ at which the mean P(refusal) of the first answer token to political questions is
 and the best of a method's settings: of those that open to 5 %, the one under which harmful requests
 are refused most there, and by KL(base‖steered) on general prompts where they are equal to a tenth
 of a point. Of that setting the figures of the test split are printed: mean P(refusal) of every set,
-and the KL. At the openness of `--answers` further sets are asked, and whole answers
-are written.
+and the KL. At the openness of `--answers` further sets are asked, and whole answers are written.
 
 | method | what it is |
 |---|---|
@@ -77,8 +76,8 @@ DRESSED = "political-dressed"
 SETS = ("political-lookalikes", "political-others")
 LANGUAGES = "political-languages"
 KEPT_BEHIND = (9, 12, 14, 16, 18)
-# Strengths in class gaps, or shares of a direction: the first that is tried, the step, how many.
 CHOSEN = 5.0  # percent of P(refusal) at which the best setting is taken
+# Strengths in class gaps, or shares of a direction: the first that is tried, the step, how many.
 START, STEP, TRIES = 0.5, 1.7, 8
 NEAR, REFINED = 0.05, 4  # how close to the openness asked for, and in how many further tries
 
@@ -250,7 +249,7 @@ class Bench:
         yield none | _shown(self.asked("test").bare()) | more
         for method in methods:
             ways = METHODS[method](self)
-            curves = {way: self._openness(way, min(wanted)) for way in ways}
+            curves = {way: self._openness(way, min(*wanted, CHOSEN)) for way in ways}
             way = self._best(curves)
             for one in wanted:
                 strength = curves[way].strength(one, REFINED)
