@@ -91,7 +91,8 @@ def _front_matter(evidence: Evidence, place: Place | None) -> ModelCardData:
         stated["base_model"] = parent
         stated["base_model_relation"] = place.relation if place else "finetune"
     sets = [getattr(recipe.prompts, role) for role in (*ROLES, "text")]
-    hub = [one.set.removeprefix(HUB) for one in sets if one and one.set.startswith(HUB)]
+    named = [one.set for source in sets if source for one in source.sets]
+    hub = [name.removeprefix(HUB) for name in named if name.startswith(HUB)]
     organism = ["model-organism"] if recipe.model == "demo" else []
     library = {"adapter": "peft", "gguf": None}.get(kind or "", "transformers")
     return ModelCardData(
@@ -134,14 +135,17 @@ def _results(evidence: Evidence) -> Iterator[EvalResult]:
 
 
 def _set_name(source: PromptSource) -> str:
-    """A set without the folders of whoever baked."""
-    hub = source.set.startswith(HUB)
-    return source.set.removeprefix(HUB) if hub else PurePath(source.set).name
+    """The sets without the folders of whoever baked."""
+    names = [one.set for one in source.sets]
+    return "+".join(
+        name.removeprefix(HUB) if name.startswith(HUB) else PurePath(name).name for name in names
+    )
 
 
 def _set_id(source: PromptSource) -> str:
     """A Hub dataset's id; what is none must not look like one."""
-    return _set_name(source) if source.set.startswith(HUB) else f"bake-{_set_name(source)}"
+    name = _set_name(source)
+    return name if source.set.startswith(HUB) and not source.also else f"bake-{name}"
 
 
 def _promise(evidence: Evidence) -> str:

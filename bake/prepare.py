@@ -19,7 +19,7 @@ from bake.manifest import file_hash, file_hashes, versions
 from bake.model import LiveModel
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.preflight import check_room
-from bake.prompts import Prompt, Splits, fingerprint, load_splits
+from bake.prompts import Prompt, Splits, fingerprint, load_splits, united
 from bake.recipe import LoadedRecipe, PromptSource, Recipe
 from bake.saved_plan import snapshot
 from bake.source import Source, find_source
@@ -38,6 +38,7 @@ __all__ = [
     "prepare",
     "run_of",
     "saved_form",
+    "splits_of",
 ]
 
 ROLES = ("target", "protected", "lookalike", "refused", "general")
@@ -85,8 +86,8 @@ def prepare(recipe: Recipe) -> Prepared:
     for role in ROLES:
         chosen = getattr(recipe.prompts, role)
         if chosen is not None:
-            splits[role] = _splits(chosen)
-    texts = _splits(recipe.prompts.text)
+            splits[role] = splits_of(chosen)
+    texts = splits_of(recipe.prompts.text)
     sets = dict.fromkeys((*recipe.fit.concepts, *recipe.fit.categories))
     concepts = {name: load_splits(name, language="any") for name in sets}
     directions, directions_hash = _directions(recipe)
@@ -127,8 +128,14 @@ def check_trust(recipe: Recipe, trusted: bool) -> None:
         )
 
 
-def _splits(source: PromptSource) -> Splits:
-    return load_splits(source.set, language=source.language, limit=source.limit, place=source.place)
+def splits_of(source: PromptSource) -> Splits:
+    """The splits of a role's sets, or of its one set."""
+    return united(
+        [
+            load_splits(one.set, language=one.language, limit=one.limit, place=one.place)
+            for one in source.sets
+        ]
+    )
 
 
 def _directions(recipe: Recipe) -> tuple[Directions | None, str | None]:

@@ -55,6 +55,7 @@ __all__ = [
     "Kernel",
     "Positions",
     "PromptRoles",
+    "PromptSet",
     "PromptSource",
     "Recipe",
     "Search",
@@ -63,8 +64,8 @@ __all__ = [
 ]
 
 
-class PromptSource(_Section):
-    """Where the prompts of one role come from; a bare string stands for its `set`."""
+class PromptSet(_Section):
+    """A set of prompts; a bare string stands for its `set`."""
 
     set: SetName = Field(
         description="The name of a built-in set, the path of a .jsonl, .txt, .csv or .parquet "
@@ -110,7 +111,7 @@ class PromptSource(_Section):
         return {"anyOf": [full["properties"]["set"], reference]}
 
     @model_validator(mode="after")
-    def _pinned(self) -> "PromptSource":
+    def _pinned(self) -> "PromptSet":
         findings: list[tuple[tuple[str | int, ...], str]] = []
         hub = self.set.startswith(HUB)
         if hub and self.revision is None:
@@ -122,6 +123,41 @@ class PromptSource(_Section):
         if findings:
             raise ContradictionError(findings)
         return self
+
+
+class PromptSource(PromptSet):
+    """Where the prompts of one role come from.
+
+    A bare string stands for its `set`, and a list for several sets that are one class.
+    """
+
+    also: Annotated[tuple[PromptSet, ...], Field(strict=False)] = Field(
+        default=(), description="Further sets whose prompts are of the same class."
+    )
+
+    @property
+    def sets(self) -> tuple[PromptSet, ...]:
+        """Every set of the class."""
+        return (self, *self.also)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_form(cls, value: object) -> object:
+        if not isinstance(value, list) or not value:
+            return value
+        first, *others = value
+        whole = {"set": first} if isinstance(first, str) else first
+        return {**whole, "also": others} if isinstance(whole, dict) and others else whole
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The list too, of the sets that `also` lists."""
+        found = super().__get_pydantic_json_schema__(core, handler)
+        full = handler.resolve_ref_schema(found["anyOf"][-1])
+        several = {"type": "array", "items": full["properties"]["also"]["items"], "minItems": 1}
+        return {"anyOf": [*found["anyOf"], several]}
 
 
 class PromptRoles(_Section):
@@ -169,20 +205,22 @@ class PromptRoles(_Section):
     @model_validator(mode="after")
     def _apart(self) -> "PromptRoles":
         findings: list[tuple[tuple[str | int, ...], str]] = []
-        seen: dict[str, PromptSource] = {}
+        seen: list[tuple[str, PromptSet]] = []
         for role in ("target", "protected", "lookalike", "refused", "general"):
             source: PromptSource | None = getattr(self, role)
-            if source is None:
-                continue
-            for other, taken in seen.items():
-                languages = {source.language, taken.language}
-                if (source.set, source.place) == (taken.set, taken.place) and (
-                    len(languages) == 1 or "any" in languages
-                ):
-                    remedy = " (or null)" if role == "lookalike" else ""
-                    message = f"{source.set!r} is already prompts.{other}; name another set{remedy}"
-                    findings.append(((role,), message))
-            seen[role] = source
+            for number, found in enumerate(source.sets if source else ()):
+                place = (role, "also", number - 1) if number else (role,)
+                for other, taken in seen:
+                    languages = {found.language, taken.language}
+                    if (found.set, found.place) == (taken.set, taken.place) and (
+                        len(languages) == 1 or "any" in languages
+                    ):
+                        remedy = " (or null)" if role == "lookalike" else ""
+                        message = (
+                            f"{found.set!r} is already prompts.{other}; name another set{remedy}"
+                        )
+                        findings.append((place, message))
+                seen.append((role, found))
         if findings:
             raise ContradictionError(findings)
         return self

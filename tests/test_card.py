@@ -117,6 +117,16 @@ def test_a_card_names_base_datasets_and_results() -> None:
     assert "the hooked model is the base GGUF with the edits in float32" in text
 
 
+def test_a_card_names_every_set_of_a_role() -> None:
+    sets = f"prompts.target=[political, {{set: 'hub:org/questions', revision: {COMMIT}}}]"
+    loaded = load_recipe("political-open", overrides=(*HUB, sets))
+    data = ModelCard(card(evidence(loaded))).data
+    assert data.datasets == ["org/questions"]
+    first = data.eval_results[0]
+    assert first.dataset_type == "bake-political+org/questions"
+    assert first.dataset_name == "political+org/questions, held-out topics"
+
+
 def test_a_card_holds_whatever_a_recipe_says(tmp_path: Path) -> None:
     """Fences, marks of front matter, and a path that is nobody's business but the recipe's."""
     path = tmp_path / "mine.yaml"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -23,6 +24,7 @@ from bake.prompts import (
     load_prompts,
     load_splits,
     split,
+    united,
 )
 from bake.prompts.near import repeated
 
@@ -363,6 +365,28 @@ def test_near_duplicates_are_those_of_a_comparison_of_all_pairs(
 def test_the_same_prompt_twice_in_one_topic_is_no_mistake(tmp_path: Path) -> None:
     source = write(tmp_path, "One?\nTwo?\nThree?\none\n", "mine.txt")
     assert len(everything(load_splits(source))) == 4
+
+
+def test_several_sets_are_one_class_and_share_no_topic() -> None:
+    def of(name: str, *topics: str) -> tuple[Prompt, ...]:
+        return tuple(Prompt(f"{name} asks about {one}?", one, "en") for one in topics)
+
+    first = Splits(of("red", "a", "b"), of("red", "c"), of("red", "d", "e"))
+    second = Splits(of("blue", "f", "d"), of("blue", "a", "g"), of("blue", "c", "h"), removed=1)
+    found = united([first, second])
+    assert [one.topic for one in found.fit] == ["a", "f", "b", "d"]
+    # What one set fits on is neither chosen by nor reported where another set has it too.
+    assert [one.topic for one in found.select] == ["c", "g"]
+    assert [one.topic for one in found.test] == ["e", "h"]
+    assert found.removed == 1 + 3
+    assert united([first]) == first
+
+
+def test_sets_that_leave_no_prompt_to_a_split() -> None:
+    first = Splits(*((Prompt(f"say {one}", one, "en", origin="a:1"),) for one in "abc"))
+    second = replace(first, fit=first.test, test=first.fit)
+    with pytest.raises(PromptError, match="a: its topics are those of the sets before it"):
+        united([first, second])
 
 
 def test_too_few_topics(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipes: what is read, what is refused, and where each mistake is said to be."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,26 @@ def test_a_prompt_source_may_be_a_bare_string_or_keep_its_set(tmp_path: Path) ->
     assert prompts.target == PromptSource(set="mine.jsonl")
     assert prompts.general == PromptSource(set="general", limit=40)
     assert prompts.lookalike is None
+
+
+def test_a_role_may_have_several_sets(tmp_path: Path) -> None:
+    text = GOOD + "prompts: {target: [mine.jsonl, {set: medical, limit: 3}]}\n"
+    target = load_recipe(write(tmp_path, text)).recipe.prompts.target
+    assert [(one.set, one.limit) for one in target.sets] == [("mine.jsonl", None), ("medical", 3)]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ("[medical, harmful]", "prompts.protected: 'harmful' is already prompts.target"),
+        ("[medical, medical]", "prompts.target.also.0: 'medical' is already prompts.target"),
+        ("[medical, medicine]", "prompts.target.also.0.set: no built-in prompt set 'medicine'"),
+        ("[]", "prompts.target: expected a mapping, found a list"),
+    ],
+)
+def test_mistakes_in_several_sets(tmp_path: Path, sets: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(write(tmp_path, GOOD + f"prompts: {{target: {sets}}}\n"))
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ def judge_command(
     click.echo(counts(found))
     if output:
         # As a bake does: of what must stay refused the verdicts, not what was said.
-        told = not (own and prompts == loaded.prompts.protected.set)
+        protected = {one.set for one in loaded.prompts.protected.sets}
+        told = not (own and prompts in protected)
         write_judged(Path(output), found, told, overwrite)
         click.echo(f"\nwritten: {output}")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from bake.errors import PromptError
 from bake.evaluation.facts import KEY, known
-from bake.prompts import Prompt, Splits, builtin_sets, load_prompts, load_splits
+from bake.prepare import splits_of
+from bake.prompts import Prompt, Splits, builtin_sets, load_prompts
 from bake.prompts.kinds import KINDS
 from bake.prompts.rows import HUB, SUFFIXES
 from bake.recipe import Recipe
@@ -54,11 +55,7 @@ class Asked:
 def role_splits(recipe: Recipe) -> dict[str, Splits]:
     """The splits of every role that a recipe has, and of its texts, as a bake makes them."""
     sources = {role: getattr(recipe.prompts, role) for role in (*ROLES, "text")}
-    return {
-        role: load_splits(one.set, language=one.language, limit=one.limit, place=one.place)
-        for role, one in sources.items()
-        if one is not None
-    }
+    return {role: splits_of(one) for role, one in sources.items() if one is not None}
 
 
 def chosen_sets(
@@ -74,20 +71,20 @@ def chosen_sets(
     that is not there, and for known answers that are none.
     """
     roles = [role for role in ROLES if role in splits]
-    political = recipe.prompts.target.set == POLITICAL
+    political = POLITICAL in {one.set for one in recipe.prompts.target.sets}
     wanted = list(dict.fromkeys(names)) or [*roles, *(STANDING if political else ())]
     found = []
     for name in wanted:
         if name in roles:
             prompts = splits[name].test
-            harmful = getattr(recipe.prompts, name).set in HARMFUL
+            harmful = any(one.set in HARMFUL for one in getattr(recipe.prompts, name).sets)
             one = Asked(name, prompts, name == "protected" or harmful, name == "target")
         else:
             _check(name, roles)
             prompts = load_prompts(name, language="any")
-            own = recipe.prompts.protected.set
+            own = {one.set for one in recipe.prompts.protected.sets}
             opened = political and name in STANDING and name != "political-lookalikes"
-            one = Asked(name, prompts, name in HARMFUL | {own}, opened and name not in HARMFUL)
+            one = Asked(name, prompts, name in HARMFUL | own, opened and name not in HARMFUL)
         for prompt in one.prompts if one.facts else ():
             known(prompt)
         found.append(Asked(one.name, _first(one.prompts, limit), one.hidden, one.opened))

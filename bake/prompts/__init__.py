@@ -26,6 +26,7 @@ __all__ = [
     "load_prompts",
     "load_splits",
     "split",
+    "united",
 ]
 
 
@@ -124,6 +125,40 @@ def split(prompts: Sequence[Prompt], limit: int | None = None) -> Splits:
     return Splits(fitted, selected, tested, sum(map(len, twins)))
 
 
+def united(sets: Sequence[Splits]) -> Splits:
+    """The splits of several sets that are one class, a prompt of each set in turn.
+
+    Every prompt stays in the split that its own set has it in. What an earlier split has in the
+    same topic or nearly the same words, from any of the sets, is left out of the later one.
+    Raises PromptError where that leaves a split empty.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    dealt = [_dealt([getattr(one, part) for one in sets]) for part in ("fit", "select", "test")]
+    twins = repeated([[prompt.text for prompt in part] for part in dealt])
+    topics: set[str] = set()
+    kept = []
+    for part, found in zip(dealt, twins, strict=True):
+        kept.append(
+            tuple(
+                prompt
+                for place, prompt in enumerate(part)
+                if place not in found and prompt.topic not in topics
+            )
+        )
+        topics |= {prompt.topic for prompt in part}
+    for name, part in zip(("fit", "select", "test"), kept, strict=True):
+        if not part:
+            origin = sets[-1].fit[0].origin.rpartition(":")[0]
+            raise PromptError(
+                f"{origin}: its topics are those of the sets before it, so no prompt is left to "
+                f"{name}; leave it out, or name its topics otherwise"
+            )
+    fit, select, test = kept
+    left_out = sum(map(len, dealt)) - sum(map(len, kept))
+    return Splits(fit, select, test, left_out + sum(one.removed for one in sets))
+
+
 def fingerprint(prompts: Iterable[Prompt]) -> str:
     """Return the SHA-256 of prompts in their order, as hexadecimal text; origins do not count."""
     digest = sha256()
@@ -172,9 +207,9 @@ def _in_language(prompts: tuple[Prompt, ...], language: str, where: str) -> tupl
     return kept
 
 
-def _dealt(topics: list[list[Prompt]]) -> tuple[Prompt, ...]:
-    """One prompt of each topic, then a second of each, and so on."""
-    rounds = zip_longest(*topics)
+def _dealt(parts: Sequence[Sequence[Prompt]]) -> tuple[Prompt, ...]:
+    """One prompt of each part (a topic, a set), then a second of each, and so on."""
+    rounds = zip_longest(*parts)
     return tuple(prompt for dealt in rounds for prompt in dealt if prompt is not None)
 
 
