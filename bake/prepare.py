@@ -19,7 +19,7 @@ from bake.manifest import file_hash, file_hashes, versions
 from bake.model import LiveModel
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.preflight import check_room
-from bake.prompts import Prompt, Splits, fingerprint, load_splits, united
+from bake.prompts import Prompt, Splits, fingerprint, load_prompts, load_splits, united
 from bake.recipe import LoadedRecipe, PromptSource, Recipe
 from bake.saved_plan import snapshot
 from bake.source import Source, find_source
@@ -130,12 +130,16 @@ def check_trust(recipe: Recipe, trusted: bool) -> None:
 
 def splits_of(source: PromptSource) -> Splits:
     """The splits of a role's sets, or of its one set."""
-    return united(
-        [
-            load_splits(one.set, language=one.language, limit=one.limit, place=one.place)
-            for one in source.sets
-        ]
-    )
+    split, fitted = [], []
+    for one in source.sets:
+        if one.fit_only:
+            prompts = load_prompts(one.set, language=one.language, place=one.place)
+            fitted.append(prompts[: one.limit])
+        else:
+            split.append(
+                load_splits(one.set, language=one.language, limit=one.limit, place=one.place)
+            )
+    return united(split, fitted)
 
 
 def _directions(recipe: Recipe) -> tuple[Directions | None, str | None]:

@@ -89,6 +89,11 @@ class PromptSet(_Section):
     split: Text | None = Field(
         default=None, description="The split of a Hub dataset that is read, train if null."
     )
+    fit_only: bool = Field(
+        default=False,
+        description="Whether all of its prompts are fitted on, beside another set of the role that "
+        "is chosen by and reported on.",
+    )
 
     @property
     def place(self) -> Place:
@@ -206,8 +211,15 @@ class PromptRoles(_Section):
     def _apart(self) -> "PromptRoles":
         findings: list[tuple[tuple[str | int, ...], str]] = []
         seen: list[tuple[str, PromptSet]] = []
-        for role in ("target", "protected", "lookalike", "refused", "general"):
+        for role in type(self).model_fields:
             source: PromptSource | None = getattr(self, role)
+            if source and all(one.fit_only for one in source.sets):
+                message = (
+                    "nothing would be left to report on; add a set that is not fitted on alone"
+                )
+                findings.append(((role, "fit_only"), message))
+        for role in ("target", "protected", "lookalike", "refused", "general"):
+            source = getattr(self, role)
             for number, found in enumerate(source.sets if source else ()):
                 place = (role, "also", number - 1) if number else (role,)
                 for other, taken in seen:

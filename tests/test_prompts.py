@@ -382,6 +382,21 @@ def test_several_sets_are_one_class_and_share_no_topic() -> None:
     assert united([first]) == first
 
 
+def test_a_set_to_fit_on_alone_gives_way_to_what_is_reported_on() -> None:
+    def of(name: str, *topics: str) -> tuple[Prompt, ...]:
+        return tuple(Prompt(f"{name} asks about {one}?", one, "en") for one in topics)
+
+    own = Splits(of("red", "a"), of("red", "b"), of("red", "c"))
+    twin = Prompt("RED asks about c!", "z", "en")
+    found = united([own], [(*of("blue", "b", "d"), twin, *of("blue", "a"))])
+    assert [(one.text, one.topic) for one in found.fit] == [
+        ("red asks about a?", "a"),
+        ("blue asks about d?", "d"),
+        ("blue asks about a?", "a"),
+    ]
+    assert (found.select, found.test, found.removed) == (own.select, own.test, 2)
+
+
 def test_sets_that_leave_no_prompt_to_a_split() -> None:
     first = Splits(*((Prompt(f"say {one}", one, "en", origin="a:1"),) for one in "abc"))
     second = replace(first, fit=first.test, test=first.fit)

@@ -153,6 +153,7 @@ def test_a_role_may_have_several_sets(tmp_path: Path) -> None:
         ("[medical, medical]", "prompts.target.also.0: 'medical' is already prompts.target"),
         ("[medical, medicine]", "prompts.target.also.0.set: no built-in prompt set 'medicine'"),
         ("[]", "prompts.target: expected a mapping, found a list"),
+        ("{set: medical, fit_only: true}", "prompts.target.fit_only: nothing would be left to"),
     ],
 )
 def test_mistakes_in_several_sets(tmp_path: Path, sets: str, message: str) -> None:

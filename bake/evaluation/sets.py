@@ -26,7 +26,7 @@ STANDING: Mapping[str, str] = {
 }
 POLITICAL = "political"
 # Of answers to these there are verdicts alone.
-HARMFUL = frozenset({"harmful", "misinformation", "political-dressed"})
+HARMFUL = frozenset({"harmful", "harmful-further", "misinformation", "political-dressed"})
 
 
 @dataclass(frozen=True)

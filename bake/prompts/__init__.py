@@ -125,38 +125,31 @@ def split(prompts: Sequence[Prompt], limit: int | None = None) -> Splits:
     return Splits(fitted, selected, tested, sum(map(len, twins)))
 
 
-def united(sets: Sequence[Splits]) -> Splits:
+def united(sets: Sequence[Splits], fitted: Sequence[Sequence[Prompt]] = ()) -> Splits:
     """The splits of several sets that are one class, a prompt of each set in turn.
 
     Every prompt stays in the split that its own set has it in. What an earlier split has in the
     same topic or nearly the same words, from any of the sets, is left out of the later one.
+    Prompts of `fitted` are all to fit on, but for those that stand so in another split.
     Raises PromptError where that leaves a split empty.
     """
-    if len(sets) == 1:
+    if len(sets) == 1 and not fitted:
         return sets[0]
     dealt = [_dealt([getattr(one, part) for one in sets]) for part in ("fit", "select", "test")]
-    twins = repeated([[prompt.text for prompt in part] for part in dealt])
-    topics: set[str] = set()
-    kept = []
-    for part, found in zip(dealt, twins, strict=True):
-        kept.append(
-            tuple(
-                prompt
-                for place, prompt in enumerate(part)
-                if place not in found and prompt.topic not in topics
-            )
-        )
-        topics |= {prompt.topic for prompt in part}
-    for name, part in zip(("fit", "select", "test"), kept, strict=True):
+    further = _dealt(fitted)
+    fit, select, test = _apart(dealt)
+    held_out = (*select, *test)
+    fit = _dealt([fit, _apart([held_out, further])[1]])
+    for name, part in (("fit", fit), ("select", select), ("test", test)):
         if not part:
             origin = sets[-1].fit[0].origin.rpartition(":")[0]
             raise PromptError(
                 f"{origin}: its topics are those of the sets before it, so no prompt is left to "
                 f"{name}; leave it out, or name its topics otherwise"
             )
-    fit, select, test = kept
-    left_out = sum(map(len, dealt)) - sum(map(len, kept))
-    return Splits(fit, select, test, left_out + sum(one.removed for one in sets))
+    given = sum(map(len, (*dealt, further)))
+    left_out = given - len(fit) - len(held_out) + sum(one.removed for one in sets)
+    return Splits(fit, select, test, left_out)
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -204,6 +197,23 @@ def _in_language(prompts: tuple[Prompt, ...], language: str, where: str) -> tupl
         languages = ", ".join(sorted({prompt.language for prompt in prompts}))
         found = f"none in language {language!r}, only in {languages}" if prompts else "none"
         raise PromptError(f"{where}: expected prompts, found {found}")
+    return kept
+
+
+def _apart(parts: Sequence[Sequence[Prompt]]) -> list[tuple[Prompt, ...]]:
+    """The parts without what one before them has in the same topic or nearly the same words."""
+    twins = repeated([[prompt.text for prompt in part] for part in parts])
+    topics: set[str] = set()
+    kept = []
+    for part, found in zip(parts, twins, strict=True):
+        kept.append(
+            tuple(
+                prompt
+                for place, prompt in enumerate(part)
+                if place not in found and prompt.topic not in topics
+            )
+        )
+        topics |= {prompt.topic for prompt in part}
     return kept
 
 
