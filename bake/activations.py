@@ -31,21 +31,31 @@ class Conversation:
 
     `last` is the position of the last prompt token, `decision` the positions at
     which a gate must decide: the template's tail and the first answer tokens.
-    `weight` is the conversation's weight in the statistics at `last`.
+    `weight` is the conversation's weight in the statistics at `last`, `doubt` that of each of its
+    tokens in those at `decision`.
     """
 
     ids: tuple[int, ...]
     last: int
     decision: tuple[int, ...]
     weight: float = 1.0
+    doubt: float = 1.0
+
+
+# What a conversation counts in the statistics at some of its positions.
+WEIGHTS: Mapping[str, Callable[[Conversation], float]] = {
+    "last": lambda one: one.weight,
+    "every last": lambda _: 1.0,
+    "decision": lambda one: one.doubt,
+}
 
 
 @dataclass(frozen=True)
 class Tap:
     """A place where activations are read: what goes into a module, or what comes out.
 
-    The conversations' weights count at `last` alone: at `every last` they are all 1, as at
-    `decision`. `keep` says what stays of the samples (`Moments`), and `rows` of which
+    The conversations' weights count at `last`, their doubts at `decision`; at `every last` all
+    are 1. `keep` says what stays of the samples (`Moments`), and `rows` of which
     conversations the samples themselves stay. With a `norm`, which runs after `module`, every
     sample is divided by the root mean square of what that norm reads at its position. The
     outputs of the modules in `plus`, which run inside it, are added, each times its number.
@@ -195,8 +205,7 @@ def collect(
             tap = taps[name]
             places = _places(conversations, batch, tap.where)
             rows = [row for row, one in zip(batch.rows, places, strict=True) for _ in one]
-            weighted = tap.positions == "last"
-            weights = [conversations[row].weight if weighted else 1.0 for row in rows]
+            weights = [WEIGHTS[tap.positions](conversations[row]) for row in rows]
             moments[name].add(found[name], torch.tensor(weights, dtype=torch.float64), rows)
     for number, name in enumerate(dealt):
         moments[name].share(model.work, number % model.work.size)

@@ -94,6 +94,11 @@ class Fit(_Section):
     prompts_per_class: int = Field(
         default=150, ge=2, le=1_000_000, description="Prompts at most from each class."
     )
+    weights: Literal["even", "doubt"] = Field(
+        default="even",
+        description="How prompts count in the probe of a rank-one gate, of the classes that it "
+        "steers: all alike, or by how unsure the model is whether to refuse them.",
+    )
     refused: Literal["target", "protected", "refused"] = Field(
         default="target", description="The class that supplies the refusing side of the direction."
     )

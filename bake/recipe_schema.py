@@ -647,6 +647,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
     if "llama.cpp" in recipe.evaluate.runtimes and export.gguf is None:
         remedy = "set export.gguf, or evaluate.runtimes to [transformers]"
         yield ("evaluate", "runtimes"), f"llama.cpp answers from a GGUF and none is made; {remedy}"
+    if fit.weights == "doubt" and any(
+        one.op == "gate" and one.form == "block" for one in recipe.edits
+    ):
+        message = "is of rank-one gates, and edits has a gate of form: block; leave one out"
+        yield ("fit", "weights"), message
     if recipe.directions is not None:
         return  # what follows is about classes that make a direction, and none is made
     if fit.contrast == "lookalike" and recipe.prompts.lookalike is None:

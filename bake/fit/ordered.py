@@ -111,6 +111,8 @@ class _Walk:
                 so_far = so_far + found[one.module].float() @ one.probe
             self._read[batch.rows] = so_far
             left = (number + 1) * self._value - so_far
-            moments.add(inputs, torch.ones(len(inputs)))
-            cross = cross + left.double() @ inputs.double()
+            shown = [self._conversations[row] for row in batch.rows]
+            weights = torch.tensor([one.doubt for one in shown for _ in one.decision]).double()
+            moments.add(inputs, weights)
+            cross = cross + (weights * left) @ inputs.double()
         return moments, cross / moments.weight

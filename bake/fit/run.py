@@ -19,6 +19,7 @@ from bake.directions import Directions
 from bake.edits import Step
 from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
+from bake.fit.doubt import with_doubts
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.kept import mean_key, probe_key, ramp_key, readout_key
@@ -55,6 +56,7 @@ __all__ = [
     "probed",
     "probed_apart",
     "probes",
+    "weighed_classes",
 ]
 
 # Fits an edit's ordered gates, of a step of the plan, with what is in force before it.
@@ -111,15 +113,16 @@ def fit(
         labels = _labels(model, recipe, prompts, judge, progress, directions is None)
         conversations = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
         conversations["text"] = passages(model, texts.fit[: recipe.fit.prompts_per_class])
+    weighed = weighed_classes(model, recipe, conversations, labels, progress)
     layers = direction_layers(recipe)
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
     place = _place(model, base, recipe, seen)
     read = probes(model, plan, probed_apart(plan, recipe))
     moments: dict[str, dict[Any, Moments]] = {}
-    begun = {role: Onward(model) for role in conversations}
+    begun = {role: Onward(model) for role in weighed}
     first = _first_ordered(recipe) if seen else None
-    for role, found in conversations.items():
+    for role, found in weighed.items():
         taps = read | _stream(place, base, recipe, seen, role, found)
         if read and role in labels and role not in roles_shown(recipe.fit):
             taps |= watching_taps(place, seen, len(found))
@@ -136,7 +139,7 @@ def fit(
         gates = ordered_gates(spec, step, measured, model.arch)
         taps = probes(model, plan, [gate.module for _, gate in gates])
         found = fit_in_order(
-            *(model, gates, taps, conversations, spec.heights, spec.ridge, in_force, progress),
+            *(model, gates, taps, weighed, spec.heights, spec.ridge, in_force, progress),
             begun={} if in_force else begun,
         )
         for module, one in found.items():
@@ -378,6 +381,23 @@ def probes(model: LiveModel, plan: Plan, modules: Iterable[str]) -> dict[Any, Ta
         behind = model.module(norm.module) if norm else None
         taps[module] = Tap(model.module(module), "input", "decision", "second", behind)
     return taps
+
+
+def weighed_classes(
+    model: LiveModel,
+    recipe: Recipe,
+    conversations: Mapping[str, Sequence[Conversation]],
+    labels: Mapping[str, Sequence[Labelled]],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Mapping[str, Sequence[Conversation]]:
+    """The conversations as they count in probes: of what a gate steers by doubt, if so asked.
+
+    Raises FitError as `with_doubts`.
+    """
+    if recipe.fit.weights == "even" or not conversations:
+        return conversations
+    roles = {role: None for gate in recipe.edits if isinstance(gate, Gate) for role in gate.heights}
+    return with_doubts(model, conversations, labels, list(roles), progress)
 
 
 def _place(model: LiveModel, base: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> Place:

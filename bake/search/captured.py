@@ -26,6 +26,7 @@ from bake.fit.run import (
     passages,
     probed_apart,
     probes,
+    weighed_classes,
 )
 from bake.hooks import Intervention
 from bake.journal import hashed
@@ -84,6 +85,7 @@ class Captured:
         # Weights are a trial's own; what is read, and where, is the same in all of them.
         self._shown = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
         self._texts = passages(model, texts.fit[: recipe.fit.prompts_per_class])
+        self._weighed = weighed_classes(model, recipe, self._classes, labels)
         self._inputs: dict[str, _Inputs] = {}
         self._readings: dict[str, dict[int, Reading]] = {}
         self._samples: dict[tuple[str, int], dict[str, dict[int, Tensor]]] = {}
@@ -110,9 +112,8 @@ class Captured:
         def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
             gates = ordered_gates(spec, step, measured, self._model.arch)
             taps = probes(self._model, plan, [gate.module for _, gate in gates])
-            classes = {**self._shown, "text": self._texts}
             fitted = fit_in_order(
-                *(self._model, gates, taps, classes, spec.heights, spec.ridge, in_force)
+                *(self._model, gates, taps, self._weighed, spec.heights, spec.ridge, in_force)
             )
             number = recipe.edits.index(spec)
             found.update({(number, module): one.probe for module, one in fitted.items()})
@@ -128,12 +129,17 @@ class Captured:
         measured = Measured(vectors, probe, self._base, means, ramps)
         return tuple(one for _, one in built(recipe, plan, measured, self._model.arch, in_order))
 
+    @property
+    def _classes(self) -> dict[str, Sequence[Conversation]]:
+        """Every role's conversations, and text."""
+        return {**self._shown, "text": self._texts}
+
     def _readings_of(self, spec: Gate, vectors: Mapping[int, Tensor]) -> dict[int, Reading]:
         """What a block gate's probes read, which its edges and its strength do not change."""
         unseen = [vectors[layer].tolist() for layer in spec.layers]
         key = hashed([spec.layers, list(spec.heights), spec.ridge, unseen])
         if key not in self._readings:
-            classes = shown_classes({**self._shown, "text": self._texts}, self._labels)
+            classes = shown_classes(self._classes, self._labels)
             with progress("block gates", 2 * sum(map(len, classes.values()))) as update:
                 self._readings[key] = gate_readings(
                     self._model, self._base, spec, vectors, classes, update
@@ -148,10 +154,9 @@ class Captured:
             taps |= probes(self._model, plan, missing)
         if not taps:
             return
-        classes = {**self._shown, "text": self._texts}
         found: dict[str, _Inputs] = {}
-        with progress("gates", sum(map(len, classes.values()))) as update:
-            for role, conversations in classes.items():
+        with progress("gates", sum(map(len, self._weighed.values()))) as update:
+            for role, conversations in self._weighed.items():
                 for module, one in collect(
                     self._model, conversations, taps, progress=update
                 ).items():
