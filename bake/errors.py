@@ -9,6 +9,7 @@
     │   ├── ConverterError          1   llama.cpp's converter: not to be had, or it does not convert
     │   ├── ArchitectureError       1   a model outside the table, a layer out of range
     │   ├── DirectionsError         1   a file of directions
+    │   ├── ProbesError             1   a file of a gate's probes
     │   ├── JudgeError              1   a judge that does not answer, or not readably
     │   ├── ManifestError           1   a folder without the manifest of a bake
     │   ├── HubError                1   the Hub: a licence, a token, a repository, an upload
@@ -41,6 +42,7 @@ __all__ = [
     "ManifestError",
     "OutputError",
     "PlanError",
+    "ProbesError",
     "PromptError",
     "RecipeError",
     "VerificationError",
@@ -83,6 +85,10 @@ class ArchitectureError(InputError):
 
 class DirectionsError(InputError):
     """A file of directions cannot be read, or is not of the model that is being edited."""
+
+
+class ProbesError(InputError):
+    """A file of probes cannot be read, or is not of the gate that names it."""
 
 
 class JudgeError(InputError):

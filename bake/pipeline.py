@@ -163,7 +163,7 @@ def fit_of(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     blocks = sum(one.op == "gate" and one.form == "block" for one in recipe.edits)
     passes = 2 + walks + 2 * blocks
     total = passes * shown_once - count + sum(map(len, concepts.values()))
-    shown = needs_prompts(plan, recipe, ready.directions)
+    shown = needs_prompts(plan, recipe, ready.directions, ready.probes)
     with progress("fit", total, shown and model.work.main) as update:
         return fit(
             *(model, ready.base, plan, recipe, prompts, ready.texts, judge, update),

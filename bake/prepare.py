@@ -13,6 +13,7 @@ from bake.checkpoint import Checkpoint
 from bake.directions import Directions, load_directions
 from bake.errors import InputError
 from bake.export.adapter import check_adapter
+from bake.fit.given import GivenProbes, given_probes
 from bake.gguf_file import GGUFFile
 from bake.journal import hashed
 from bake.manifest import file_hash, file_hashes, versions
@@ -58,7 +59,20 @@ class Prepared:
     texts: Splits
     directions: Directions | None = None
     directions_hash: str | None = None
+    probes: Mapping[int, GivenProbes] = field(default_factory=dict)
     concepts: Mapping[str, Splits] = field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, dict[str, str]]:
+        """The files of probes by the edit that names them, each with its hash."""
+        named = {
+            f"edits.{number}": Path(spec.probes)
+            for number, spec in enumerate(self.recipe.edits)
+            if spec.op == "gate" and spec.probes is not None
+        }
+        return {
+            edit: {"file": str(path), "sha256": file_hash(path)} for edit, path in named.items()
+        }
 
     @property
     def fingerprints(self) -> dict[str, dict[str, str]]:
@@ -102,7 +116,7 @@ def prepare(recipe: Recipe) -> Prepared:
         check_adapter(plan, arch)
     return Prepared(
         *(recipe, source, base, arch, gguf, plan, splits, texts),
-        *(directions, directions_hash, concepts),
+        *(directions, directions_hash, given_probes(recipe, plan), concepts),
     )
 
 
@@ -204,5 +218,6 @@ def run_of(ready: Prepared, hashes: Mapping[str, str]) -> str:
 def saved_form(loaded: LoadedRecipe, ready: Prepared) -> dict[str, object]:
     """The plan with what it was made of, as plain values: what `bake plan --output` saves."""
     return snapshot(
-        loaded, ready.plan, ready.base, ready.gguf, ready.fingerprints, ready.directions_hash
+        *(loaded, ready.plan, ready.base, ready.gguf, ready.fingerprints),
+        *(ready.directions_hash, ready.given),
     )

@@ -382,6 +382,10 @@ class Gate(_Section):
         default=False,
         description="form: block: whether the gate is open everywhere but on the target.",
     )
+    probes: Text | None = Field(
+        default=None,
+        description="A safetensors file with the gate's probes; they are fitted if null.",
+    )
 
     @property
     def heights(self) -> dict[str, float]:
@@ -402,6 +406,9 @@ class Gate(_Section):
             for name, form in of_form.items()
             if form != self.form and getattr(self, name) != type(self).model_fields[name].default
         ]
+        if self.ordered and self.probes is not None:
+            message = "the probes are those of a file, and none is fitted; leave one out"
+            findings.append((("ordered",), message))
         if self.elsewhere and self.protected:
             message = "elsewhere steers protected prompts as all others; leave one out"
             findings.append((("elsewhere",), message))

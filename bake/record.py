@@ -133,6 +133,7 @@ def _content(
             "sha256": ready.directions_hash,
             **fitted.directions.origin.as_json(),
         },
+        "probes": ready.given,
         "plan": ready.plan.as_json(),
         "fit": {
             "classes": {role: asdict(one) for role, one in fitted.classes.items()},

@@ -34,10 +34,12 @@ def snapshot(
     gguf: GGUFFile | None,
     prompts: Mapping[str, Mapping[str, str]],
     directions: str | None,
+    probes: Mapping[str, Mapping[str, str]],
 ) -> dict[str, object]:
     """The plan, its recipe and the hashes of what it was made of, as plain values.
 
-    `prompts` are the fingerprints of the splits by role, `directions` the SHA-256 of their file.
+    `prompts` are the fingerprints of the splits by role, `directions` the SHA-256 of their file,
+    `probes` those of the gates', by edit.
     """
     return {
         "format": FORMAT,
@@ -53,6 +55,7 @@ def snapshot(
             "gguf_header": _gguf_headers(gguf) if gguf else None,
             "prompts": {role: dict(parts) for role, parts in prompts.items()},
             "directions": directions,
+            **({"probes": {edit: dict(one) for edit, one in probes.items()}} if probes else {}),
         },
         **plan.as_json(),
     }

@@ -178,7 +178,7 @@ def _hooked(source: Source) -> Opened:
     working = replace(model, work=Work(journal=Journal.of(run)))
     fitted = fit_of(ready, working, find_judge(recipe.judge))
     base = Live(recipe.model, model, _identity(ready.base), (), recipe.evaluate.batch)
-    seen = hashed([run, ready.fingerprints, ready.directions_hash])
+    seen = hashed([run, ready.fingerprints, ready.directions_hash, ready.given])
     identity: dict[str, object] = {"hooks": seen, **_versions()}
     hooked = Live(recipe.name, model, identity, fitted.interventions, recipe.evaluate.batch)
     return Opened(base, replace(hooked, runtime="hooks"))

@@ -84,12 +84,15 @@ def readings(
     ridge: float,
     blind: Mapping[int, Tensor] = MappingProxyType({}),
     progress: Callable[[int], None] = lambda _: None,
+    given: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> dict[int, Reading]:
     """By layer what the probes of some roles read, of the decision tokens of every class.
 
     There is one probe for each role in `wanted`. Behind a layer they do not see the directions
-    `blind` [k, d], which steering in front of it writes. `progress` receives the number of
-    conversations done, each of which is done twice. Raises FitError for a class of few topics.
+    `blind` [k, d], which steering in front of it writes. Those `given` [m, d] by layer are not
+    fitted, but brought to read 1 on their role and 0 on the mean of all others. `progress` receives
+    the number of conversations done, each of which is done twice. Raises FitError for a class of
+    few topics, and for a given probe that reads its role below the others.
     """
     folds = {role: _folds(role, found) for role, found in classes.items()}
     inputs = {blank.layer: _unit_input(model, blank) for blank in blanks}
@@ -102,11 +105,16 @@ def readings(
         rows = torch.stack(
             [*(means[role] for role in wanted), torch.stack([*means.values()]).sum(0)]
         )
+        seen = torch.eye(len(gram), dtype=gram.dtype)
         if layer in blind:
             unseen: Tensor = torch.linalg.qr(blind[layer].double().T)[0]
-            seen = torch.eye(len(gram), dtype=gram.dtype) - unseen @ unseen.T
+            seen = seen - unseen @ unseen.T
             gram, rows = seen @ gram @ seen, rows @ seen
-        return ridge_solutions(gram, rows, ridge)
+        found = ridge_solutions(gram, rows, ridge)
+        if layer in given:
+            vectors = given[layer].double() @ seen
+            found[:-1] = _scaled(vectors, wanted, means, found[-1], layer)
+        return found
 
     spread = _spread(model, folds, inputs, fitted, progress)
     result = {}
@@ -123,6 +131,31 @@ def readings(
         error = Constant(float(square.clamp_min(0).sqrt()), (sum(errors) / count) ** 0.5)
         result[layer] = Reading(rows[:-1], rows[-1], shares, error)
     return result
+
+
+def _scaled(
+    vectors: Tensor,
+    wanted: Sequence[str],
+    means: Mapping[str, Tensor],
+    constant: Tensor,
+    layer: int,
+) -> Tensor:
+    """Probes [m, d] that read what vectors do, in units of the gap between a role and all others.
+
+    Raises FitError for one that reads its role below the others.
+    """
+    found = []
+    for vector, role in zip(vectors, wanted, strict=True):
+        readings = {name: float(vector @ mean) for name, mean in means.items()}
+        own = readings.pop(role)
+        closed = sum(readings.values()) / len(readings)
+        if own <= closed:
+            raise FitError(
+                f"probe.{layer}: reads {own:.3g} on prompts.{role} and {closed:.3g} on the others, "
+                "so a gate that it opens is open there; turn its sign, or give another probe"
+            )
+        found.append((vector - closed * constant) / (own - closed))
+    return torch.stack(found)
 
 
 def _passed(
@@ -196,6 +229,7 @@ def gate_readings(
     directions: Mapping[int, Tensor],
     classes: Mapping[str, Sequence[Shown]],
     progress: Callable[[int], None] = lambda _: None,
+    given: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> dict[int, Reading]:
     """The readings behind every layer of a block gate, blind to what those in front of it add."""
     blanks = [blank_block(base, model.arch, layer, ()) for layer in spec.layers]
@@ -204,7 +238,9 @@ def gate_readings(
         for place, layer in enumerate(spec.layers)
         if place
     }
-    return readings(model, blanks, classes, tuple(spec.heights), spec.ridge, blind, progress)
+    return readings(
+        *(model, blanks, classes, tuple(spec.heights), spec.ridge, blind, progress, given)
+    )
 
 
 def ramps_of(spec: Gate, reading: Reading) -> tuple[Tensor, dict[str, float]]:

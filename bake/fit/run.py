@@ -7,6 +7,7 @@ where a gate decides.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ from bake.fit.constant import Constant, own_text, with_constants
 from bake.fit.doubt import with_doubts
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
+from bake.fit.given import GivenProbes, given_probes
 from bake.fit.kept import mean_key, probe_key, ramp_key, readout_key
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.onward import Onward
@@ -109,7 +111,8 @@ def fit(
     """
     labels: dict[str, list[Labelled]] = {}
     conversations: dict[str, list[Conversation]] = {}
-    if needs_prompts(plan, recipe, directions):
+    given = given_probes(recipe, plan)
+    if needs_prompts(plan, recipe, directions, given):
         labels = _labels(model, recipe, prompts, judge, progress, directions is None)
         conversations = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
         conversations["text"] = passages(model, texts.fit[: recipe.fit.prompts_per_class])
@@ -132,7 +135,7 @@ def fit(
         else:
             progress(len(found))
     openings: dict[str, dict[str, float]] = {}
-    kept: dict[str, Tensor] = {}
+    kept = {key: tensor for one in given.values() for key, tensor in one.kept.items()}
     errors: dict[str, Constant] = {}
 
     def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
@@ -148,7 +151,7 @@ def fit(
 
     def probe(module: str, spec: Gate) -> Tensor:
         key = probe_key(recipe.edits.index(spec), module)
-        if not spec.ordered:
+        if not spec.ordered and spec.probes is None:
             found = _readout(moments, module, spec)
             kept[key] = found.float()
             openings[module] = {
@@ -164,10 +167,13 @@ def fit(
         means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
     used = directions.at(layers)
     for number, gate in enumerate(recipe.edits):
-        if not (isinstance(gate, Gate) and gate.form == "block"):
+        own = given.get(number, GivenProbes())
+        if not (isinstance(gate, Gate) and gate.form == "block") or own.kept:
             continue
         shown = shown_classes(conversations, labels)
-        reading = gate_readings(model, base, gate, used.vectors, shown, progress)
+        reading = gate_readings(
+            *(model, base, gate, used.vectors, shown, progress), given=own.conditions
+        )
         for layer, behind in reading.items():
             name = model.arch.layer.format(layer=layer)
             kept[ramp_key(number, layer)], openings[name] = ramps_of(gate, behind)
@@ -244,12 +250,21 @@ def measured_directions(
     return directions_of(recipe, evidence, layers, scored=True)
 
 
-def needs_prompts(plan: Plan, recipe: Recipe, directions: Directions | None) -> bool:
+def needs_prompts(
+    plan: Plan,
+    recipe: Recipe,
+    directions: Directions | None,
+    given: Mapping[int, GivenProbes] = MappingProxyType({}),
+) -> bool:
     """Whether the fit shows prompts to the model: for directions, a gate's probe, a constant."""
+    complete = {number for number, one in given.items() if one.kept}
     return (
         directions is None
         or any(edit.carrier == "ridge" for edit in plan.edits)
-        or any(edit.operator == "gate" for edit in plan.edits)
+        or any(
+            isinstance(spec, Gate) and number not in complete
+            for number, spec in enumerate(recipe.edits)
+        )
     )
 
 
@@ -290,11 +305,11 @@ def probed(plan: Plan, recipe: Recipe) -> set[str]:
 
 
 def probed_apart(plan: Plan, recipe: Recipe) -> set[str]:
-    """Those whose probes are fitted each by itself, on the base model."""
+    """Those whose probes are fitted, each by itself on the base model."""
     return {
         module
         for spec, step in zip(recipe.edits, plan.steps, strict=True)
-        if not (isinstance(spec, Gate) and spec.ordered)
+        if not (isinstance(spec, Gate) and (spec.ordered or spec.probes is not None))
         for module in OPERATORS[spec.op].probed(step)
     }
 

@@ -13,7 +13,7 @@ a write in front of the norm, so hook and weights are the same map here too.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -75,7 +75,16 @@ class GateOperator:
         """
         arch.check_layers(spec.layers, base.config, f"{place}.layers")
         if spec.form == "block":
-            return block_gate_step(spec, base, arch, place, runtimes)
+            step = block_gate_step(spec, base, arch, place, runtimes)
+        else:
+            step = self._writers(spec, base, arch, place)
+        if spec.probes is None:
+            return step
+        note = f"{place}: its probes are those of {spec.probes}"
+        return replace(step, notes=(*step.notes, note))
+
+    def _writers(self, spec: Spec, base: Checkpoint, arch: Arch, place: str) -> Step:
+        """The rank-one edits."""
         written = arch.written(base.tensors)
         edits, norms = [], []
         for layer in spec.layers:

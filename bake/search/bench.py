@@ -63,7 +63,7 @@ class Bench:
         files = [shard.file for shard in base.shards] + list(base.sidecars())
         hashes = {path.name: file_hash(path) for path in files}
         used = {**versions(), "optuna": version("optuna")}
-        given = self.ready.directions_hash
+        given = [self.ready.directions_hash, self.ready.given]
         return hashed([values, self.prompts_used, hashes, used, given])
 
     @property

@@ -13,6 +13,8 @@ from bake.directions import Directions
 from bake.edits import Step
 from bake.errors import RecipeError
 from bake.fit.evidence import Evidence, bare, directions_of
+from bake.fit.given import given_probes
+from bake.fit.kept import probe_key, ramp_key
 from bake.fit.labels import Labelled
 from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
@@ -106,6 +108,8 @@ class Captured:
             contrast = self._evidence_of(recipe).moments[recipe.fit.contrast]
             means = {layer: contrast[layer].mean.float() for layer in layers}
         self.read_inputs([plan], [recipe])
+        given = given_probes(recipe, plan)
+        kept = {key: tensor for one in given.values() for key, tensor in one.kept.items()}
 
         found: dict[tuple[int, str], Tensor] = {}
 
@@ -119,12 +123,19 @@ class Captured:
             found.update({(number, module): one.probe for module, one in fitted.items()})
 
         def probe(module: str, spec: Gate) -> Tensor:
+            if spec.probes is not None:
+                return kept[probe_key(recipe.edits.index(spec), module)]
             if spec.ordered:
                 return found[recipe.edits.index(spec), module]
             return self._inputs[module].probe(spec.heights, spec.ridge)
 
         def ramps(layer: int, spec: Gate) -> Tensor:
-            return ramps_of(spec, self._readings_of(spec, vectors)[layer])[0]
+            number = recipe.edits.index(spec)
+            key = ramp_key(number, layer)
+            if key in kept:
+                return kept[key]
+            conditions = given[number].conditions if number in given else {}
+            return ramps_of(spec, self._readings_of(spec, vectors, conditions)[layer])[0]
 
         measured = Measured(vectors, probe, self._base, means, ramps)
         return tuple(one for _, one in built(recipe, plan, measured, self._model.arch, in_order))
@@ -134,15 +145,17 @@ class Captured:
         """Every role's conversations, and text."""
         return {**self._shown, "text": self._texts}
 
-    def _readings_of(self, spec: Gate, vectors: Mapping[int, Tensor]) -> dict[int, Reading]:
+    def _readings_of(
+        self, spec: Gate, vectors: Mapping[int, Tensor], given: Mapping[int, Tensor]
+    ) -> dict[int, Reading]:
         """What a block gate's probes read, which its edges and its strength do not change."""
         unseen = [vectors[layer].tolist() for layer in spec.layers]
-        key = hashed([spec.layers, list(spec.heights), spec.ridge, unseen])
+        key = hashed([spec.layers, list(spec.heights), spec.ridge, unseen, spec.probes])
         if key not in self._readings:
             classes = shown_classes(self._classes, self._labels)
             with progress("block gates", 2 * sum(map(len, classes.values()))) as update:
                 self._readings[key] = gate_readings(
-                    self._model, self._base, spec, vectors, classes, update
+                    self._model, self._base, spec, vectors, classes, update, given
                 )
         return self._readings[key]
 
