@@ -1,6 +1,6 @@
 """Gates whose probes come from a file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
+from bake.directions import Directions
 from bake.errors import FitError, ProbesError
 from bake.fit.given import given_probes
 from bake.fit.kept import ramp_key
 from bake.fit.run import fit, needs_prompts
+from bake.judge import Exchange, Judge, Verdict
 from bake.model import LiveModel
 from bake.plan import Plan, make_plan
 from bake.prompts import Prompt, Splits
@@ -38,17 +40,31 @@ def saved(folder: Path, tensors: Mapping[str, Tensor]) -> str:
     return str(path)
 
 
-def blocks(folder: Path, edit: Mapping[str, object]) -> dict[str, Tensor]:
-    """What a fit of a block gate on a tiny model keeps."""
+class Nobody:
+    """A judge of a fit that shows no prompt."""
+
+    name = "nobody"
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        raise AssertionError(exchanges)
+
+
+def blocks(
+    folder: Path, edit: Mapping[str, object], directions: Directions | None = None
+) -> dict[str, Tensor]:
+    """What a fit of a block gate on a tiny model keeps; from given directions without a prompt."""
     recipe = recipe_of(edit)
     base = Checkpoint.open(folder)
     arch = find_arch(base.config, "config.json", base.tensors)
     model = LiveModel.load(folder, arch)
     prompts = {role: word_prompts(word) for role, word in WORDS.items()}
     passages = tuple(Prompt(f"w40 w{n} w42", "text", "en") for n in range(4))
-    judge = ByWord(frozenset({WORDS["target"], WORDS["protected"]}))
+    refused = frozenset({WORDS["target"], WORDS["protected"]})
+    judge: Judge = ByWord(refused) if directions is None else Nobody()
     plan, texts = make_plan(recipe, base, arch), Splits(passages, passages, passages)
-    return dict(fit(model, base, plan, recipe, prompts, texts, judge).kept)
+    found = fit(model, base, plan, recipe, prompts, texts, judge, directions=directions)
+    assert len(found.interventions) == 1
+    return dict(found.kept)
 
 
 def test_probes_of_a_bake_give_the_same_gates(tiny_llama: Path, tmp_path: Path) -> None:
@@ -77,7 +93,8 @@ def test_a_block_gate_takes_its_ramps_or_what_they_read(tmp_path: Path) -> None:
     spec = dict(gating(1, closed=80.0))
     fitted = blocks(tmp_path, spec)[ramp_key(0, 1)]
     given = spec | {"probes": saved(tmp_path, {"edits.0.ramp.1": fitted})}
-    assert torch.equal(blocks(tmp_path, given)[ramp_key(0, 1)], fitted)
+    for directions in (None, Directions({1: torch.ones(32)})):
+        assert torch.equal(blocks(tmp_path, given, directions)[ramp_key(0, 1)], fitted)
     # The fitted probe as a vector of another length: but for the constant it is read again.
     given = spec | {"probes": saved(tmp_path, {"probe.1": 7 * fitted[0]})}
     probe, constant = blocks(tmp_path, given)[ramp_key(0, 1)]
