@@ -10,7 +10,7 @@ import torch
 from bake.errors import CheckpointError, GuardError
 from bake.export.conversion import Reference
 from bake.export.same_model import check_same_model
-from bake.fit.run import Fitted, fit, needs_prompts
+from bake.fit.run import Fitted, fit, needs_prompts, weighed_roles
 from bake.journal import Journal
 from bake.judge import Judge
 from bake.judge.choice import find_judge
@@ -162,7 +162,8 @@ def fit_of(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     )
     blocks = sum(one.op == "gate" and one.form == "block" for one in recipe.edits)
     passes = 2 + walks + 2 * blocks
-    total = passes * shown_once - count + sum(map(len, concepts.values()))
+    weighed = sum(len(prompts[role]) for role in weighed_roles(recipe))
+    total = passes * shown_once - count + sum(map(len, concepts.values())) + weighed
     shown = needs_prompts(plan, recipe, ready.directions, ready.probes)
     with progress("fit", total, shown and model.work.main) as update:
         return fit(

@@ -59,6 +59,7 @@ __all__ = [
     "probed_apart",
     "probes",
     "weighed_classes",
+    "weighed_roles",
 ]
 
 # Fits an edit's ordered gates, of a step of the plan, with what is in force before it.
@@ -409,10 +410,18 @@ def weighed_classes(
 
     Raises FitError as `with_doubts`.
     """
-    if recipe.fit.weights == "even" or not conversations:
+    roles = weighed_roles(recipe)
+    if not roles or not conversations:
         return conversations
-    roles = {role: None for gate in recipe.edits if isinstance(gate, Gate) for role in gate.heights}
-    return with_doubts(model, conversations, labels, list(roles), progress)
+    return with_doubts(model, conversations, labels, roles, progress)
+
+
+def weighed_roles(recipe: Recipe) -> list[str]:
+    """The roles whose prompts count in probes by the model's doubt."""
+    if recipe.fit.weights == "even":
+        return []
+    gates = (edit for edit in recipe.edits if isinstance(edit, Gate))
+    return list(dict.fromkeys(role for gate in gates for role in gate.heights))
 
 
 def _place(model: LiveModel, base: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> Place:
