@@ -135,8 +135,8 @@ def _results(evidence: Evidence) -> Iterator[EvalResult]:
 
 
 def _set_name(source: PromptSource) -> str:
-    """The sets without the folders of whoever baked."""
-    names = [one.set for one in source.sets]
+    """The sets that figures are of, without the folders of whoever baked."""
+    names = [one.set for one in source.sets if not one.fit_only]
     return "+".join(
         name.removeprefix(HUB) if name.startswith(HUB) else PurePath(name).name for name in names
     )

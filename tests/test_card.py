@@ -118,7 +118,8 @@ def test_a_card_names_base_datasets_and_results() -> None:
 
 
 def test_a_card_names_every_set_of_a_role() -> None:
-    sets = f"prompts.target=[political, {{set: 'hub:org/questions', revision: {COMMIT}}}]"
+    hub = f"{{set: 'hub:org/questions', revision: {COMMIT}}}"
+    sets = f"prompts.target=[political, {hub}, {{set: medical, fit_only: true}}]"
     loaded = load_recipe("political-open", overrides=(*HUB, sets))
     data = ModelCard(card(evidence(loaded))).data
     assert data.datasets == ["org/questions"]
