@@ -57,9 +57,10 @@ def record(
     if fitted.kept:
         write_kept(fitted.kept, staging / KEPT)
     content = _content(loaded, ready, hashes, fitted, written, measured)
-    text = card(Evidence.of(content, loaded, NAME))
+    evidence = _evidence(content, loaded)
+    text = card(evidence, figures=write_report(staging, evidence))
     (staging / "README.md").write_text(text, encoding="utf-8")
-    _finish(staging, content)
+    _write_manifest(staging, content)
 
 
 def failed_folder(folder: Path) -> Path:
@@ -80,12 +81,18 @@ def record_failure(
     """Write the evidence of a bake that broke its guard: no weights, and the manifest says why."""
     write_answers(folder / "answers.jsonl", measured)
     content = _content(loaded, ready, hashes, fitted, written, measured)
-    _finish(folder, {**content, "broken": list(broken)})
+    content["broken"] = list(broken)
+    write_report(folder, _evidence(content, loaded))
+    _write_manifest(folder, content)
 
 
-def _finish(folder: Path, content: dict[str, object]) -> None:
-    """Write the report and, with the hashes of all that is there, the manifest."""
-    write_report(folder, json.loads(json.dumps(content)))
+def _evidence(content: Mapping[str, object], loaded: LoadedRecipe) -> Evidence:
+    """What will be read of the manifest: JSON has no tuples."""
+    return Evidence.of(json.loads(json.dumps(content)), loaded, NAME)
+
+
+def _write_manifest(folder: Path, content: dict[str, object]) -> None:
+    """Write the manifest, with the hashes of all that is there."""
     outputs = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     content["outputs"] = {
         path.relative_to(folder).as_posix(): digest for path, digest in file_hashes(outputs).items()

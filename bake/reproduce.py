@@ -1,7 +1,7 @@
 """A bake made again from its manifest, and what of it came out as it was."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from bake.aligned import aligned
 from bake.errors import ManifestError
 from bake.evaluate import Rate
 from bake.evidence import Evidence
-from bake.hub.repositories import ADAPTER, CARD
+from bake.hub.repositories import ADAPTER, ADDED, CARD
 from bake.manifest import file_hash
 from bake.pipeline import bake
 from bake.prepare import prepare
@@ -23,7 +23,8 @@ __all__ = ["Reproduction", "reproduce"]
 class Reproduction:
     """Files by whether their bytes came out the same, and counts of refusals that did not.
 
-    The card is left out: a repository has one of its own, and its figures are compared here.
+    The card is left out: a repository has one of its own, and its figures are compared here; so is
+    what was only added at a push.
     """
 
     same: tuple[str, ...]
@@ -65,11 +66,11 @@ def reproduce(
 
 def compare(then: Evidence, now: Evidence) -> Reproduction:
     """Two bakes of one recipe; the files are those that the earlier one has."""
-    before, after = then.content["outputs"], now.content["outputs"]
+    before, after = then.manifest.outputs, now.manifest.outputs
     same: list[str] = []
     other: list[str] = []
     for name, digest in before.items():
-        if name != CARD:
+        if name != CARD and not name.startswith(f"{ADDED}/"):
             # In a repository of its own the adapter is at the top.
             again = after.get(name, after.get(f"{ADAPTER}/{name}"))
             (same if again == digest else other).append(name)
@@ -79,7 +80,7 @@ def compare(then: Evidence, now: Evidence) -> Reproduction:
         for (when, runtime, role), rate in counts.items()
         if again_counts.get((when, runtime, role)) != rate
     ]
-    old, new = then.content["versions"], now.content["versions"]
+    old, new = (one.manifest.versions.model_dump() for one in (then, now))
     versions = [
         (name, old.get(name, "none"), new.get(name, "none"))
         for name in dict.fromkeys([*old, *new])
@@ -89,7 +90,7 @@ def compare(then: Evidence, now: Evidence) -> Reproduction:
 
 
 def _counts(evidence: Evidence) -> Iterator[tuple[tuple[str, str, str], Rate]]:
-    for when, found in (("before", evidence.before), ("after", evidence.after)):
+    for when, found in (("before", evidence.manifest.before), ("after", evidence.manifest.after)):
         for runtime, by_role in found.items():
             for role, rate in by_role.items():
                 yield (when, f"{runtime}, {when}", role), rate
@@ -99,15 +100,15 @@ def _again(evidence: Evidence, output: Path) -> LoadedRecipe:
     """The recipe with its base at the commit of then; what it states is not changed."""
     recipe = evidence.loaded.recipe
     changed: dict[str, object] = {"output": str(output)}
-    if evidence.base.commit and recipe.model != "demo" and not Path(recipe.model).is_dir():
-        changed["revision"] = evidence.base.commit
+    if evidence.manifest.base.commit and recipe.model != "demo" and not Path(recipe.model).is_dir():
+        changed["revision"] = evidence.manifest.base.commit
     return replace(evidence.loaded, recipe=recipe.model_copy(update=changed))
 
 
 def _refuse_other_inputs(evidence: Evidence, loaded: LoadedRecipe) -> None:
     """Compare the base's files and the prompts with the hashes in the manifest."""
     ready = prepare(loaded.recipe)
-    inputs: Mapping[str, str] = evidence.content["inputs"]
+    inputs = evidence.manifest.inputs
     paths = [shard.file for shard in ready.base.shards] + list(ready.base.sidecars())
     paths += [part.path for part in ready.gguf.files] if ready.gguf else []
     found = {path.name: path for path in paths}
@@ -119,7 +120,7 @@ def _refuse_other_inputs(evidence: Evidence, loaded: LoadedRecipe) -> None:
                 raise ManifestError(
                     f"{found[name]}: is not what the bake was made of; give the base of then"
                 )
-    for role, parts in evidence.content["prompts"].items():
+    for role, parts in evidence.manifest.prompts.items():
         if ready.fingerprints.get(role) != parts:
             raise ManifestError(
                 f"prompts.{role}: are not those of the bake; give the prompts of then"

@@ -11,6 +11,7 @@ from bake.card import Place, card, check_card
 from bake.evidence import MOVED, Evidence
 from bake.hub.secrets import CHUNK, holds_token
 from bake.recipe import LoadedRecipe, load_recipe
+from tests.test_report import MANIFEST
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB = ("model=org/base", "export.gguf=null", "evaluate.runtimes=[transformers]")
@@ -70,12 +71,9 @@ def test_the_demo_has_the_licence_and_the_name_of_what_it_was_made_of(tmp_path: 
 def evidence(loaded: LoadedRecipe, **base: Any) -> Evidence:
     rates = {"target": {"refused": 1, "total": 4}, "protected": {"refused": 4, "total": 4}}
     before = {"target": {"refused": 3, "total": 4}, "protected": {"refused": 4, "total": 4}}
-    content: dict[str, Any] = {
+    content: dict[str, Any] = MANIFEST | {
         "name": loaded.recipe.name,
-        "recipe": {"text": loaded.text, "source": loaded.source, "overrides": loaded.overrides},
-        "versions": {"bake": "0.1.0"},
-        "inputs": {},
-        "prompts": {},
+        "recipe": {"text": loaded.text, "source": loaded.source, "overrides": [*loaded.overrides]},
         "base": base,
         "measured": {
             "refusals": {"before": {"transformers": before}, "after": {"transformers": rates}},
@@ -94,8 +92,11 @@ def test_a_card_names_base_datasets_and_results() -> None:
     sets = f"prompts.target={{set: 'hub:org/questions', revision: {COMMIT}, split: hard}}"
     loaded = load_recipe("political-open", overrides=(*HUB, sets))
     known = {"hub_id": "org/base", "commit": COMMIT, "pipeline_tag": "image-text-to-text"}
-    text = card(evidence(loaded, **known, license=("mit",)))
+    figures = [f"figures/{one}.svg" for one in ("refusals-transformers", "readings-layer-3")]
+    text = card(evidence(loaded, **known, license=("mit",)), figures=figures)
     check_card(text)
+    assert text.count("![") == 1
+    assert "\n![refusals transformers](figures/refusals-transformers.svg)\n" in text
     data = ModelCard(text).data
     assert (data.base_model, data.base_model_relation) == ("org/base", "finetune")
     assert (data.license, data.pipeline_tag) == ("mit", "image-text-to-text")

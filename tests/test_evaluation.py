@@ -1,6 +1,7 @@
 """`bake eval` through its runtimes, on tiny models: folders, GGUFs, servers, hooks."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from bake.archs import find_arch
+from bake.card import check_card
 from bake.checkpoint import Checkpoint
 from bake.demo import Demo
 from bake.directions import Directions, save_directions
@@ -21,6 +24,7 @@ from bake.evaluate import with_verdicts
 from bake.evaluation.answers import answered
 from bake.evaluation.quality import INSTRUCTION as QUALITY
 from bake.evaluation.subject import Manner
+from bake.evidence import Beside
 from bake.export.gguf import patch
 from bake.gguf_file import GGUFFile
 from bake.hub import prepare_push
@@ -32,6 +36,7 @@ from bake.pipeline import bake as bake_recipe
 from bake.recipe import load_recipe
 from tests.chat_server import Serve, reply
 from tests.conftest import Run
+from tests.test_report import GEOMETRY
 from tests.through_disk import opened
 from tests.tiny import TEMPLATE, write_place, write_tokenizer
 from tests.tiny_gguf import write_tiny_gguf
@@ -154,6 +159,31 @@ def test_a_baked_folder_beside_its_base(
     code, _, err = bake("report", "out", "--evaluation", str(output), "--output", str(page))
     assert code == 0, err
     assert '<section id="evaluation">' in page.read_text()
+    # A push publishes both, with a card that has their figures.
+    mapped = tmp_path / "map.json"
+    mapped.write_text(json.dumps({**GEOMETRY, "model": "model"}))
+    made = prepare_push(
+        place / "out", "me/out", licence="mit", beside=Beside(geometry=mapped, evaluation=output)
+    ).repositories[0]
+    text = made.files["README.md"]
+    assert isinstance(text, bytes)
+    check_card(text.decode())
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text.decode())
+    assert {"evidence/figures/trades-target.svg", "evidence/figures/cosines-map.svg"} < set(
+        pictures
+    )
+    assert {*pictures, "evidence/report.html", "evidence/geometry.json"} < made.files.keys()
+    assert made.files["evidence/evaluation.json"] == output.read_bytes()
+    stated = {
+        one.metric_type: one
+        for one in ModelCard(text.decode()).data.eval_results
+        if one.task_name == "Evaluation, facts.jsonl"
+    }
+    share = 100 * facts["right"] / 6
+    assert stated["accuracy"].metric_value == pytest.approx(share, abs=0.01)
+    refused, total = counts(found, "after")["facts.jsonl"]
+    assert stated["refusal-rate"].metric_args["refused"] == refused
+    assert f"({refused}/{total})" in text.decode().partition("## Evaluated")[2]
     output.write_text(json.dumps({**found, "bake": "0" * 64}))
     code, _, err = bake("report", "out", "--evaluation", str(output), "--output", f"{page}2")
     assert (code, "bake: is of another folder than out" in err) == (1, True)

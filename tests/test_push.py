@@ -1,6 +1,7 @@
 """`bake push`: the real client against a local server; what may not go out stays here."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,8 +149,11 @@ def test_three_repositories_each_a_bake_of_its_own(
 def test_cards_read_as_the_hub_reads_them(pushed: tuple[Server, str]) -> None:
     repos = pushed[0].repos
     cards = {name: repo.files["README.md"].decode() for name, repo in repos.items()}
-    for text in cards.values():
+    for name, text in cards.items():
         check_card(text)
+        pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+        assert set(pictures) <= repos[name].files.keys()
+        assert bool(pictures) == (name != LORA)
     data = {name: ModelCard(text).data for name, text in cards.items()}
     front = data[MAIN].to_dict()
     assert front["license"] == "other"

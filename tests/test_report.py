@@ -37,6 +37,7 @@ MANIFEST: dict[str, Any] = {
     "name": "open",
     "recipe": {"text": RECIPE, "source": "recipes/open.yaml", "overrides": ["--set seed=4"]},
     "model": "demo",
+    "base": {},
     "seed": 4,
     "versions": {"bake": "0.1.0", "torch": "2.13.0+cpu"},
     "inputs": {"model.safetensors": "ab" * 32},

@@ -1,9 +1,14 @@
 """What is done with a baked folder: its report, its proof, its publication."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from bake.commands.options import llama_cpp_option
+from bake.commands.options import beside_options, llama_cpp_option
 from bake.commands.root import cli
+
+if TYPE_CHECKING:
+    from bake.evidence import Beside
 
 __all__ = ["push_command", "report_command", "reproduce_command", "verify_command"]
 
@@ -11,11 +16,7 @@ __all__ = ["push_command", "report_command", "reproduce_command", "verify_comman
 @cli.command("report")
 @click.argument("folder", metavar="DIR")
 @click.option("--output", metavar="FILE", help="The HTML file to write.")
-@click.option("--geometry", metavar="FILE", help="A JSON of `bake geometry`: trades and cosines.")
-@click.option(
-    "--selection", metavar="FILE", help="A JSON of `bake select`, or directions of `bake fit`."
-)
-@click.option("--evaluation", metavar="FILE", help="A JSON of `bake eval` of this folder.")
+@beside_options
 @click.option("--figures", metavar="DIR", help="A folder for the figures as SVG.")
 @click.option("--overwrite", is_flag=True, help="Replace what is written if it exists.")
 def report_command(
@@ -34,10 +35,9 @@ def report_command(
 
     if not output:
         raise click.UsageError("--output is missing")
-    given = {"geometry": geometry, "scores": selection, "figures": figures}
-    given["evaluation"] = evaluation
-    beside = {name: Path(one) for name, one in given.items() if one}
-    report_to_file(Path(folder), Path(output), overwrite=overwrite, **beside)
+    beside = _beside(geometry, selection, evaluation)
+    drawn = Path(figures) if figures else None
+    report_to_file(Path(folder), Path(output), beside, drawn, overwrite)
     click.echo(f"written: {output}" + (f", {figures}" if figures else ""))
 
 
@@ -118,16 +118,31 @@ def verify_command(
 @click.option("--public", is_flag=True, help="Make new repositories public, not private.")
 @click.option("--update", is_flag=True, help="Replace what an existing repository holds.")
 @click.option("--license", "licence", metavar="ID", help="The base's licence, if it names none.")
+@beside_options
 @click.option("--dry-run", is_flag=True, help="List every file and ask the Hub nothing.")
 def push_command(
-    folder: str, repo_id: str, public: bool, update: bool, licence: str | None, dry_run: bool
+    folder: str,
+    repo_id: str,
+    public: bool,
+    update: bool,
+    licence: str | None,
+    geometry: str | None,
+    selection: str | None,
+    evaluation: str | None,
+    dry_run: bool,
 ) -> None:
     """Publish a baked folder: checkpoint, GGUF (NAME-GGUF) and LoRA (NAME-LoRA)."""
     from pathlib import Path
 
     from bake.hub import prepare_push
 
-    push = prepare_push(Path(folder), repo_id, public=public, update=update, licence=licence)
+    push = prepare_push(
+        *(Path(folder), repo_id),
+        public=public,
+        update=update,
+        licence=licence,
+        beside=_beside(geometry, selection, evaluation),
+    )
     if dry_run:
         click.echo(f"{push.table()}\n\ncommit: {push.message}")
     else:
@@ -152,3 +167,11 @@ def reproduce_command(source: str, revision: str | None, output: str | None) -> 
     click.echo(found.table())
     if found.moved:
         raise VerificationError(f"{source}: {len(found.moved)} counts of refusals are not the same")
+
+
+def _beside(*names: str | None) -> "Beside":
+    from pathlib import Path
+
+    from bake.evidence import Beside
+
+    return Beside(*(Path(one) if one else None for one in names))

@@ -7,6 +7,7 @@ import click
 from click.shell_completion import CompletionItem
 
 __all__ = [
+    "beside_options",
     "complete_recipe",
     "layers_of",
     "listed",
@@ -49,6 +50,24 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             help="Override a value of the recipe, as in edits.0.strength=-3.",
         ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def beside_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Files of other commands, as `bake.evidence.Beside` has them."""
+    options = (
+        click.option(
+            "--geometry", metavar="FILE", help="A JSON of `bake geometry`: trades and cosines."
+        ),
+        click.option(
+            "--selection",
+            metavar="FILE",
+            help="A JSON of `bake select`, or directions of `bake fit`.",
+        ),
+        click.option("--evaluation", metavar="FILE", help="A JSON of `bake eval` of this folder."),
     )
     for option in reversed(options):
         function = option(function)

@@ -1,16 +1,17 @@
 """The report and its figures as files."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from bake.errors import OutputError
-from bake.html.evidence import ANSWERS, Evidence, Manifest, read_answers, read_evidence
+from bake.evidence import ANSWERS, Beside, Evidence, Shown, read_answers, read_shown
 from bake.html.figures import drawn
 from bake.html.page import page
 from bake.manifest import NAME
 from bake.staging import check_file, check_output, staged, staged_file
 
-__all__ = ["FIGURES", "REPORT", "report_to_file", "write_report"]
+__all__ = ["FIGURES", "REPORT", "report_as_files", "report_to_file", "write_report"]
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -19,18 +20,14 @@ FIGURES = "figures"
 def report_to_file(
     folder: Path,
     output: Path,
-    geometry: Path | None = None,
-    scores: Path | None = None,
+    beside: Beside,
     figures: Path | None = None,
-    evaluation: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Draw the report of a baked folder, and its figures as SVG into a folder of their own.
 
-    `geometry` is a map of `bake geometry`, `scores` a choice of `bake select` or directions of
-    `bake fit`, `evaluation` what `bake eval` wrote of the folder. Raises an InputError for a file
-    that is not what it should be, OutputError for an output that exists, or that would change what
-    was baked.
+    `beside` are files of other commands. Raises an InputError for a file that is not what it
+    should be, OutputError for an output that exists, or that would change what was baked.
     """
     for path in (output, figures):
         if path and path.resolve().is_relative_to(folder.resolve()):
@@ -41,29 +38,43 @@ def report_to_file(
     check_file(output, overwrite)
     if figures:
         check_output(figures, overwrite)
-    evidence = read_evidence(folder, geometry, scores, evaluation)
-    text = _bytes(page(evidence))
+    shown = read_shown(folder, beside)
+    text = _bytes(page(shown))
     if figures:
         with staged(figures, overwrite) as staging:
-            _write_figures(evidence, staging)
+            for name, content in _figures(shown).items():
+                (staging / name).write_bytes(content)
     with staged_file(output, overwrite) as staging:
         staging.write_bytes(text)
 
 
-def write_report(folder: Path, manifest: object) -> None:
-    """Write the report of a folder that is being baked, from its answers and its manifest to be."""
-    evidence = Evidence.of(Manifest.model_validate(manifest), read_answers(folder / ANSWERS))
-    (folder / REPORT).write_bytes(_bytes(page(evidence)))
+def write_report(folder: Path, evidence: Evidence) -> tuple[str, ...]:
+    """Write the report of a folder that is being baked, from its answers and its manifest to be.
+
+    Returns the figures' paths in the folder.
+    """
+    shown = Shown.of(evidence, read_answers(folder / ANSWERS))
+    files = report_as_files(shown)
     (folder / FIGURES).mkdir()
-    _write_figures(evidence, folder / FIGURES)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return tuple(name for name in files if name != REPORT)
 
 
-def _write_figures(evidence: Evidence, folder: Path) -> None:
-    for kind, pictures in drawn(evidence).items():
+def report_as_files(shown: Shown) -> Mapping[str, bytes]:
+    """The report and its figures, by their paths in a folder."""
+    figures = {f"{FIGURES}/{name}": content for name, content in _figures(shown).items()}
+    return {REPORT: _bytes(page(shown)), **figures}
+
+
+def _figures(shown: Shown) -> dict[str, bytes]:
+    found = {}
+    for kind, pictures in drawn(shown).items():
         for name, figure in pictures.items():
             # A runtime's name, a set's or a figure's, as part of a file's.
             stem = re.sub(r"[^a-z0-9]+", "-", f"{kind}-{name}".lower()).strip("-")
-            (folder / f"{stem}.svg").write_bytes(_bytes(figure.standalone()))
+            found[f"{stem}.svg"] = _bytes(figure.standalone())
+    return found
 
 
 def _bytes(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Evidence as a page: the template with its values, the policy, and a limit to its size."""
+"""A report as a page: the template with its values, the policy, and a limit to its size."""
 
 import hashlib
 import shlex
@@ -16,13 +16,11 @@ from markupsafe import Markup
 from bake.card import JUDGES
 from bake.directions.value import FIGURES
 from bake.evaluate import Paired, Rate
-from bake.evidence import MOVED
-from bake.html.evidence import Answer, Evaluation, Evidence, Manifest, named_figures
+from bake.evidence import MOVED, Answer, Evaluation, Manifest, Shown, named_figures
 from bake.html.figures import drawn
 from bake.html.figures.scores import series_of
 from bake.html.figures.trades import kinds_of
 from bake.html.svg import stylesheet
-from bake.recipe import Recipe, restore_recipe
 
 __all__ = ["page"]
 
@@ -48,11 +46,11 @@ class _Row:
         return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def page(evidence: Evidence) -> str:
-    """The report as HTML; the same evidence gives the same text."""
-    bake, figures = evidence.manifest, drawn(evidence)
-    recipe = _recipe(bake)
-    answers = _kept(evidence.answers)
+def page(shown: Shown) -> str:
+    """The report as HTML; the same files give the same text."""
+    bake, figures = shown.manifest, drawn(shown)
+    recipe = shown.evidence.loaded.recipe
+    answers = _kept(shown.answers)
     style, script = f"{_text('report.css')}\n{stylesheet()}", _text("report.js")
     return _template().render(
         policy=_policy(style, script),
@@ -62,26 +60,26 @@ def page(evidence: Evidence) -> str:
         description=recipe.description,
         moved=MOVED,
         judge=JUDGES[recipe.judge.kind].format(recipe.judge.model),
-        behaviour={runtime: list(_rows(bake, runtime)) for runtime in bake.measured.refusals.after},
+        behaviour={runtime: list(_rows(bake, runtime)) for runtime in bake.after},
         paired=bool(bake.measured.paired),
         figures={
             kind: {name: Markup(figure.inline()) for name, figure in pictures.items()}
             for kind, pictures in figures.items()
         },
-        geometry=evidence.geometry,
-        evaluation=evidence.evaluation,
-        eval_judge=_judge(evidence.evaluation),
+        geometry=shown.geometry,
+        evaluation=shown.evaluation,
+        eval_judge=_judge(shown.evaluation),
         thinking={None: "", True: ", thinking", False: ", not thinking"},
-        curves=kinds_of(evidence.geometry) if evidence.geometry else {},
-        series=series_of(evidence),
-        chosen=any(one.chosen for one in evidence.scores),
-        meanings={name: FIGURES[name] for name in named_figures(evidence.scores)},
+        curves=kinds_of(shown.geometry) if shown.geometry else {},
+        series=series_of(shown),
+        chosen=any(one.chosen for one in shown.scores),
+        meanings={name: FIGURES[name] for name in named_figures(shown.scores)},
         figure_names=[
             name for name in FIGURES if any(name in one for one in bake.fit.figures.values())
         ],
         opened_roles=list(dict.fromkeys(chain.from_iterable(bake.fit.openings.values()))),
         answers=answers,
-        left_out=len(evidence.answers) - len(answers),
+        left_out=len(shown.answers) - len(answers),
         runtimes=list(dict.fromkeys(one.runtime for one in answers)),
         sets=list(dict.fromkeys(one.set for one in answers)),
         changes=[name for name in CHANGES if any(_change(one) == name for one in answers)],
@@ -93,9 +91,8 @@ def page(evidence: Evidence) -> str:
 
 
 def _rows(bake: Manifest, runtime: str) -> Iterator[_Row]:
-    for role in bake.measured.refusals.after[runtime]:
-        both = bake.rate("before", runtime, role), bake.rate("after", runtime, role)
-        yield _Row(role, *both, bake.changed(runtime, role))
+    for role, after in bake.after[runtime].items():
+        yield _Row(role, bake.before[runtime][role], after, bake.changed(runtime, role))
 
 
 def _kept(answers: Sequence[Answer]) -> list[Answer]:
@@ -149,11 +146,6 @@ def _sides(one: Answer) -> tuple[tuple[str, bool | None, str, str | None], ...]:
 def _judge(found: Evaluation | None) -> str:
     """Who judged an evaluation."""
     return JUDGES[found.judge.kind].format(found.judge.model) if found else ""
-
-
-def _recipe(bake: Manifest) -> Recipe:
-    found = bake.recipe
-    return restore_recipe(found.text, found.source, found.overrides, "bake.json: recipe").recipe
 
 
 def _commands(bake: Manifest) -> dict[str, str]:

@@ -111,9 +111,9 @@ class Figure:
         return ElementTree.tostring(self._root, encoding="unicode")
 
     def standalone(self) -> str:
-        """The figure as a file of its own, with its style sheet."""
+        """The figure as a file of its own, with its style sheet and paper under it."""
         style = ElementTree.Element("style")
-        style.text = stylesheet()
+        style.text = f"{stylesheet()}svg.figure {{ background: var(--paper); }}\n"
         self._root.insert(1, style)
         text = self.inline()
         self._root.remove(style)

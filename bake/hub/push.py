@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -13,9 +13,10 @@ from bake.aligned import aligned
 from bake.base_card import BaseCard
 from bake.card import Kind, Place, card, check_card
 from bake.errors import GuardError, HubError, VerificationError
-from bake.evidence import Evidence
+from bake.evidence import Beside, Evaluation, Evidence, read_shown
+from bake.html.files import report_as_files
 from bake.hub.client import Commit, Hub, Remote, size_of
-from bake.hub.repositories import CARD, repository_ids, sorted_files
+from bake.hub.repositories import ADDED, CARD, repository_ids, sorted_files
 from bake.hub.secrets import holds_token
 from bake.manifest import NAME, differences, manifest_text
 from bake.progress import progress
@@ -43,6 +44,24 @@ class Repository:
             if name not in OWN
             and not (name in self.files and remote.same(name, self.files[name], self.hashes[name]))
         )
+
+
+@dataclass(frozen=True)
+class _More:
+    """What is published with a bake that is not of its folder; the same in every repository."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+    @classmethod
+    def of(cls, folder: Path, beside: Beside | None) -> "_More":
+        """The files that are given, and a report that shows them."""
+        if not (beside and beside.files):
+            return cls()
+        shown = read_shown(folder, beside)
+        drawn = {f"{ADDED}/{name}": content for name, content in report_as_files(shown).items()}
+        given = {f"{ADDED}/{name}": path.read_bytes() for name, path in beside.files.items()}
+        return cls(drawn | given, shown.evaluation)
 
 
 @dataclass(frozen=True)
@@ -110,18 +129,21 @@ def prepare_push(
     public: bool = False,
     update: bool = False,
     licence: str | None = None,
+    beside: Beside | None = None,
 ) -> Push:
     """Check a folder and lay out its repositories; the Hub is not asked.
 
-    `licence` is that of the base where its own card names none. Raises ManifestError for a
-    folder without a manifest of this bake, VerificationError for files that are not as it has
-    them, GuardError for figures outside the recipe's guard, HubError for a name that the Hub
-    does not take, for a licence that is missing or forbids, and for an access token in a file.
+    `licence` is that of the base where its own card names none. Files that are given `beside` are
+    published in a folder of their own, with a report that shows them. Raises an InputError for
+    such a file that is not what it should be, ManifestError for a folder without a manifest of
+    this bake, VerificationError for files that are not as it has them, GuardError for figures
+    outside the recipe's guard, HubError for a name that the Hub does not take, for a licence that
+    is missing or forbids, and for an access token in a file.
     """
     evidence = Evidence.read(folder)
-    if failed := evidence.content.get("broken"):
+    if failed := evidence.manifest.broken:
         raise GuardError(f"{folder}: is the evidence of a bake that broke its guard: {failed[0]}")
-    outputs: dict[str, str] = evidence.content["outputs"]
+    outputs = evidence.manifest.outputs
     sizes = [path.stat().st_size for name in outputs if (path := folder / name).is_file()]
     with progress("verify", sum(sizes)) as done:
         if changed := differences(folder, outputs, done):
@@ -132,15 +154,16 @@ def prepare_push(
     sorted_out = sorted_files(outputs)
     ids = repository_ids(repo_id, sorted_out)
     _check_ids(repo_id, ids)
+    more = _More.of(folder, beside)
     made = tuple(
-        _repository(evidence, folder, kind, files, ids, licence)
+        _repository(evidence, folder, kind, files, ids, licence, more)
         for kind, files in sorted_out.items()
     )
     _refuse_tokens(made)
     loaded = evidence.loaded
     return Push(
         *(made, f"bake {loaded.recipe.name}, recipe {loaded.sha256[:12]}"),
-        f"SHA-256 of the recipe: {loaded.sha256}\nbake {evidence.content['versions']['bake']}",
+        f"SHA-256 of the recipe: {loaded.sha256}\nbake {evidence.manifest.versions.bake}",
         *(public, update),
     )
 
@@ -152,25 +175,28 @@ def _repository(
     files: Mapping[str, str],
     ids: Mapping[Kind, str],
     licence: str | None,
+    more: _More,
 ) -> Repository:
     """The files of one kind, with a card and a manifest of their own."""
     others = {other: name for other, name in ids.items() if other != kind}
-    parent, relation = evidence.base.hub_id, "adapter" if kind == "adapter" else "finetune"
+    parent, relation = evidence.manifest.base.hub_id, "adapter" if kind == "adapter" else "finetune"
     if kind == "gguf" and "checkpoint" in ids:
         parent, relation = ids["checkpoint"], "quantized"
     place = Place(ids[kind], kind, parent, relation, licence, tuple(files), others)
-    text = card(evidence, place)
+    figures = [name for name in more.files or files if name.endswith(".svg")]
+    text = card(evidence, place, figures, more.evaluation)
     try:
         check_card(text)
     except ValueError as error:
         raise HubError(f"{ids[kind]}: {CARD}: {error}; this is a bug of bake") from error
-    outputs = evidence.content["outputs"]
+    outputs = evidence.manifest.outputs
     hashes = {name: outputs[inside] for name, inside in files.items()}
+    hashes |= {name: _sha256(content) for name, content in more.files.items()}
     hashes[CARD] = _sha256(text.encode())
     # So that `bake verify` holds for a download too.
     manifest = manifest_text({**evidence.content, "outputs": dict(sorted(hashes.items()))}).encode()
     contents: dict[str, Path | bytes] = {name: folder / inside for name, inside in files.items()}
-    contents |= {CARD: text.encode(), NAME: manifest}
+    contents |= {**more.files, CARD: text.encode(), NAME: manifest}
     return Repository(
         ids[kind], kind, dict(sorted(contents.items())), hashes | {NAME: _sha256(manifest)}
     )
@@ -210,7 +236,7 @@ def _sha256(content: bytes) -> str:
 
 def _licence(evidence: Evidence, folder: Path, given: str | None) -> str | None:
     """The licence to state where the base's card names none."""
-    base = evidence.base
+    base = evidence.manifest.base
     stated = base if base.license or not given else BaseCard(license=(given,))
     if stated.forbids_derivatives:
         raise HubError(

@@ -6,10 +6,12 @@ from pathlib import PurePosixPath
 
 from bake.card import Kind
 
-__all__ = ["repository_ids", "sorted_files"]
+__all__ = ["ADAPTER", "ADDED", "CARD", "repository_ids", "sorted_files"]
 
 CARD = "README.md"
 ADAPTER = "adapter"
+# Files that a push was given beside the bake, and the report that shows them.
+ADDED = "evidence"
 # Of a GGUF alone: what Ollama reads beside it.
 BESIDE_GGUF = ("Modelfile", "params", "template", "system")
 EVIDENCE = ("answers.jsonl", "report.html", "*.svg", "steering/*")

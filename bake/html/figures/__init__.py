@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from bake.html.evidence import Evidence
+from bake.evidence import Shown
 from bake.html.figures.cosines import cosines
 from bake.html.figures.readings import readings
 from bake.html.figures.refusals import refusals
@@ -14,7 +14,7 @@ from bake.html.svg import Figure
 
 __all__ = ["FIGURES", "drawn"]
 
-FIGURES: Final[Mapping[str, Callable[[Evidence], Mapping[str, Figure]]]] = MappingProxyType(
+FIGURES: Final[Mapping[str, Callable[[Shown], Mapping[str, Figure]]]] = MappingProxyType(
     {
         "refusals": refusals,
         "trades": trades,
@@ -26,7 +26,7 @@ FIGURES: Final[Mapping[str, Callable[[Evidence], Mapping[str, Figure]]]] = Mappi
 """Every kind of figure: its pictures by name, none where the evidence does not have it."""
 
 
-def drawn(evidence: Evidence) -> dict[str, dict[str, Figure]]:
+def drawn(shown: Shown) -> dict[str, dict[str, Figure]]:
     """The kinds that the evidence has."""
-    found = {kind: dict(draw(evidence)) for kind, draw in FIGURES.items()}
+    found = {kind: dict(draw(shown)) for kind, draw in FIGURES.items()}
     return {kind: pictures for kind, pictures in found.items() if pictures}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bake.html.evidence import Evidence
+from bake.evidence import Shown
 from bake.html.svg import Figure
 
 __all__ = ["cosines"]
@@ -10,11 +10,11 @@ __all__ = ["cosines"]
 CELL, LETTER = 27, 6
 
 
-def cosines(evidence: Evidence) -> Mapping[str, Figure]:
+def cosines(shown: Shown) -> Mapping[str, Figure]:
     """One picture: the stronger the colour, the further from 0; numbers in every cell."""
-    if evidence.geometry is None:
+    if shown.geometry is None:
         return {}
-    found = evidence.geometry.cosines
+    found = shown.geometry.cosines
     left = LETTER * max(map(len, found.names), default=0) + 22
     side = CELL * len(found.names)
     figure = Figure(left + side + 1, side + 30, "Cosines between the directions")

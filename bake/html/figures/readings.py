@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bake.html.evidence import Evidence
+from bake.evidence import Shown
 from bake.html.svg import Figure, Scale, ticks
 
 __all__ = ["readings"]
@@ -11,9 +11,9 @@ WIDTH, TOP, ROW, FOOT = 330, 22, 38, 32
 LEFT, RIGHT = 74, 320
 
 
-def readings(evidence: Evidence) -> Mapping[str, Figure]:
+def readings(shown: Shown) -> Mapping[str, Figure]:
     """A picture a layer, a row a set; heights are shares of the set's prompts."""
-    found = evidence.manifest.fit.readings
+    found = shown.manifest.fit.readings
     if found is None:
         return {}
     ends = found.low, found.high

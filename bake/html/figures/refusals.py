@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bake.html.evidence import Evidence
+from bake.evidence import Shown
 from bake.html.svg import Figure, Scale, ticks
 
 __all__ = ["refusals"]
@@ -10,16 +10,14 @@ __all__ = ["refusals"]
 WIDTH, TOP, ROW, FOOT = 330, 38, 34, 22
 
 
-def refusals(evidence: Evidence) -> Mapping[str, Figure]:
+def refusals(shown: Shown) -> Mapping[str, Figure]:
     """Percent refused with 95 % intervals: hollow before, filled after."""
-    return {
-        runtime: _picture(evidence, runtime)
-        for runtime in evidence.manifest.measured.refusals.after
-    }
+    return {runtime: _picture(shown, runtime) for runtime in shown.manifest.after}
 
 
-def _picture(evidence: Evidence, runtime: str) -> Figure:
-    roles = list(evidence.manifest.measured.refusals.after[runtime])
+def _picture(shown: Shown, runtime: str) -> Figure:
+    bake = shown.manifest
+    roles = list(bake.after[runtime])
     bottom = TOP + ROW * len(roles)
     figure = Figure(WIDTH, bottom + FOOT, f"Refusals before and after, {runtime}")
     figure.text(0, 12, f"refused, %, {runtime}", "heading")
@@ -32,8 +30,11 @@ def _picture(evidence: Evidence, runtime: str) -> Figure:
     for row, role in enumerate(roles):
         middle = TOP + ROW * (row + 0.5)
         figure.text(0, middle + 4, role)
-        for when, y in (("before", middle - 6), ("after", middle + 6)):
-            rate = evidence.manifest.rate("before" if when == "before" else "after", runtime, role)
+        for when, found, y in (
+            ("before", bake.before, middle - 6),
+            ("after", bake.after, middle + 6),
+        ):
+            rate = found[runtime][role]
             if not rate.total:
                 continue
             low, high = rate.interval

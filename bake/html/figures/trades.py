@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import copysign, sqrt
 
-from bake.html.evidence import Evidence, Geometry, Point
+from bake.evidence import Geometry, Point, Shown
 from bake.html.svg import Figure, Scale, line_kinds, ticks
 
 __all__ = ["kinds_of", "trades"]
@@ -19,12 +19,12 @@ def kinds_of(geometry: Geometry) -> dict[str, str]:
     return coloured | {name: name for name in CONTROLS if name in geometry.trades.curves}
 
 
-def trades(evidence: Evidence) -> Mapping[str, Figure]:
+def trades(shown: Shown) -> Mapping[str, Figure]:
     """Percent refused against KL(clean ‖ steered), to the left with a negative strength.
 
     The divergence is drawn at its square root, which is about proportional to the strength.
     """
-    geometry = evidence.geometry
+    geometry = shown.geometry
     if geometry is None:
         return {}
     return {role: _picture(geometry, role) for role in geometry.trades.base.refused}
