@@ -14,7 +14,16 @@ from bake.checkpoint import Checkpoint
 from bake.edits import Edit
 from bake.errors import VerificationError
 from bake.evaluate import Answer, drifted
-from bake.evaluation.drift import UNMEASURED, Drift, Text, Walk, loss, of_models, perplexity
+from bake.evaluation.drift import (
+    UNMEASURED,
+    Drift,
+    Text,
+    along,
+    loss,
+    of_models,
+    perplexity,
+    sequences,
+)
 from bake.evaluation.facts import Facts, counted, says
 from bake.evaluation.quality import INSTRUCTION, KINDS, judged_quality, messages, read_quality
 from bake.evaluation.repetition import broken, repeated_share, words
@@ -158,18 +167,17 @@ def test_divergence_along_an_answer_is_of_what_was_said() -> None:
     base, now = torch.randn(2, 5, 7)
     now[:2] = 100.0  # inside the prompt: does not count
     now[4] = torch.arange(7.0) * 100  # behind the last token: was never said
-    walk = Walk()
-    walk.add(base, now, start=3)
+    one = along(base, now, start=3)
     p, q = (torch.log_softmax(one[2:4].double(), -1) for one in (base, now))
     wanted = (p.exp() * (p - q)).sum(-1)
-    found = walk.found()
+    found = sequences([one])
     assert found.first_token == pytest.approx(float(wanted[0]))
     assert found.answers == found.largest == pytest.approx(float(wanted.mean()))
     assert (found.prompts, found.positions) == (1, 2)
-    walk.add(base, base, start=3)
-    assert walk.found().answers == pytest.approx(float(wanted.mean()) / 2)
-    walk.add(base, now, start=5)  # an answer of nothing: the first token alone
-    assert walk.found().positions == 5
+    none = along(base, base, start=3)
+    assert sequences([one, none]).answers == pytest.approx(float(wanted.mean()) / 2)
+    nothing = along(base, now, start=5)  # an answer of nothing: the first token alone
+    assert sequences([one, none, nothing]).positions == 5
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:

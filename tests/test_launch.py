@@ -1,5 +1,6 @@
 """A whole bake in several processes: the bytes of one, whichever is killed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from tests.chat_server import Script
 from tests.launched import launch
 from tests.test_fit_run import ROLES, judge, write_sets  # noqa: F401
+from tests.through_disk import opened
 from tests.tiny import write_tiny
+from tests.tiny_gguf import write_tiny_gguf
 
 RECIPE = """\
 model: model
@@ -81,3 +84,35 @@ def test_an_error_of_one_process_is_said_once(judge: Script) -> None:  # noqa: F
     Path("out").rmdir()
     assert code != 0
     assert err.count("bake: out: exists already") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_evaluation_in_three_processes_is_that_of_one(judge: Script) -> None:  # noqa: F811
+    """Of a folder beside its base, in transformers, and of a GGUF, to the byte; one judges."""
+    assert baked(judge, "folder", 1)[0] == 0
+    base, arch, _ = opened(Path("model"))
+    write_tiny_gguf(base, arch, Path("base.gguf"))
+    phrases = ("--set", "judge={kind: keyword, phrases: [w1, w2, w3]}")
+    what = {
+        "checkpoint": ("folder", *phrases),
+        "gguf": ("--model", "base.gguf", "--recipe", "recipe.yaml", *phrases),
+    }
+    for name, arguments in what.items():
+        said = []
+        for processes in (1, 3):
+            output = f"{name}.{processes}"
+            options = ("eval", *arguments, "--tokens", "12", "--output", f"{output}.json")
+            cache = str(Path("cache", output).absolute())
+            code, out, err = launch(processes, *options, BAKE_CACHE=cache, OMP_NUM_THREADS="1")
+            assert code == 0, err
+            assert out.count("written: ") == 1
+            said.append(out.partition("\nwritten: ")[0])
+        assert said[0] == said[1]
+        one, three = (Path(f"{name}.{processes}.json").read_bytes() for processes in (1, 3))
+        assert one == three
+        # More than the group of one process.
+        assert len(json.loads(one)["answers"]) > 64
+    code, _, err = launch(2, "eval", "folder", "--sets", "none")
+    assert code != 0
+    assert err.count("bake: --sets none: ") == 1

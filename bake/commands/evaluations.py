@@ -5,7 +5,7 @@ from typing import Literal
 import click
 
 from bake.commands.options import listed, recipe_options
-from bake.commands.root import cli
+from bake.commands.root import cli, say
 
 __all__ = ["eval_command"]
 
@@ -105,7 +105,7 @@ def eval_command(
     path = Path(output) if output else None
     evaluate_to_file(given, wanted, path, overwrite, show=click.echo)
     if output:
-        click.echo(f"\nwritten: {output}")
+        say(f"\nwritten: {output}")
 
 
 def _check_url(url: str) -> None:

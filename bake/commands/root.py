@@ -12,7 +12,7 @@ __all__ = ["cli", "say"]
 
 
 # What the processes of a launch share; None is a bake.
-SHARED: Final = (None, "apply", "fit", "select")
+SHARED: Final = (None, "apply", "eval", "fit", "select")
 
 
 class _Recipes(click.Group):
@@ -56,8 +56,8 @@ def cli(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in SHARED:
         raise click.UsageError(
-            "several processes are for bakes, `bake apply`, `bake fit` and `bake select`; run "
-            "this without launcher"
+            "several processes are for bakes, `bake apply`, `bake eval`, `bake fit` and `bake "
+            "select`; run this without launcher"
         )
     if context.invoked_subcommand:
         if recipe or model or output or overrides or llama_cpp or trusted or overwrite:

@@ -1,7 +1,7 @@
 """How far a model has moved from its base: divergence of its answers, perplexity of text."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import exp, isfinite
 from typing import Any
 
@@ -16,13 +16,15 @@ from bake.verify import divergence
 __all__ = [
     "PASSAGE_TOKENS",
     "UNMEASURED",
+    "Along",
     "Drift",
     "Sequences",
     "Text",
-    "Walk",
+    "along",
     "loss",
     "of_models",
     "perplexity",
+    "sequences",
 ]
 
 # Tokens of a passage at most.
@@ -95,32 +97,35 @@ class Drift:
 UNMEASURED = Drift()
 
 
-@dataclass
-class Walk:
-    """The divergence along answers, taken in one prompt at a time."""
+@dataclass(frozen=True)
+class Along:
+    """Divergence along one answer in nats: at its first token, and the sum over `positions`."""
 
-    first: list[float] = field(default_factory=list)
-    means: list[float] = field(default_factory=list)
-    total: float = 0.0
-    positions: int = 0
+    first: float
+    total: float
+    positions: int
 
-    def add(self, base: Tensor, now: Tensor, start: int) -> None:
-        """Logits [n, vocabulary] behind each of n tokens; the first `start` are the prompt's.
 
-        What follows the last token was never said, and is left out.
-        """
-        words = min(base.shape[-1], now.shape[-1])  # some runtimes pad the vocabulary
-        end = max(start, len(base) - 1)
-        lost = divergence(base[start - 1 : end, :words], now[start - 1 : end, :words])
-        self.first.append(float(lost[0]))
-        self.means.append(float(lost.mean()))
-        self.total += float(lost.sum())
-        self.positions += len(lost)
+def along(base: Tensor, now: Tensor, start: int) -> Along:
+    """From logits [n, vocabulary] behind each of n tokens; the first `start` are the prompt's.
 
-    def found(self) -> Sequences:
-        """The means: of the first token by prompt, of answers by token."""
-        first, answers = sum(self.first) / len(self.first), self.total / self.positions
-        return Sequences(first, answers, max(self.means), len(self.first), self.positions)
+    What follows the last token was never said, and is left out.
+    """
+    words = min(base.shape[-1], now.shape[-1])  # some runtimes pad the vocabulary
+    end = max(start, len(base) - 1)
+    lost = divergence(base[start - 1 : end, :words], now[start - 1 : end, :words])
+    return Along(float(lost[0]), float(lost.sum()), len(lost))
+
+
+def sequences(found: Sequence[Along]) -> Sequences:
+    """The means over answers: of the first token by prompt, of all tokens by token."""
+    positions = sum(one.positions for one in found)
+    return Sequences(
+        sum(one.first for one in found) / len(found),
+        sum(one.total for one in found) / positions,
+        max(one.total / one.positions for one in found),
+        *(len(found), positions),
+    )
 
 
 def loss(logits: Tensor, ids: Sequence[int]) -> tuple[float, int]:

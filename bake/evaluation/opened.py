@@ -27,7 +27,7 @@ from bake.recipe import LoadedRecipe, Recipe, load_recipe, restore_recipe
 from bake.runtimes.baked import base_folder, deciding, named_gguf, other_file
 from bake.source import find_folder
 from bake.talk.speaker import find_gguf
-from bake.work import Work
+from bake.work import ALONE, Work
 
 __all__ = ["Named", "Opened", "Source", "opened", "replies", "source_of"]
 
@@ -107,16 +107,19 @@ def source_of(given: Named) -> Source:
 
 
 @contextmanager
-def opened(given: Named, source: Source, fresh: bool = False) -> Iterator[Opened]:
+def opened(
+    given: Named, source: Source, fresh: bool = False, work: Work = ALONE
+) -> Iterator[Opened]:
     """The subjects; a server is asked again for what is cached where `fresh`.
 
-    Checkpoints are loaded here, GGUFs when they are asked. Raises an InputError for a model that
-    is not there, or whose base is not the one that was baked.
+    Checkpoints are loaded here, GGUFs when they are asked; the processes of `work` share the fit
+    of a recipe's hooks. Raises an InputError for a model that is not there, or whose base is not
+    the one that was baked.
     """
     name = str(given.folder) if given.folder else given.model
     with ExitStack() as stack:
         if given.hooks:
-            yield _hooked(source)
+            yield _hooked(source, work)
         elif given.server:
             assert name is not None
             kept = replies(fresh)
@@ -167,15 +170,15 @@ def _recipe(given: Named, manifest: Mapping[str, Any] | None, place: Path | None
     raise ManifestError(f"{place}/{NAME}: recipe: expected its text, source and overrides")
 
 
-def _hooked(source: Source) -> Opened:
+def _hooked(source: Source, work: Work) -> Opened:
     """The recipe's base, and the same with the recipe's interventions on it."""
     recipe = source.recipe
     check_trust(recipe, False)
     torch.manual_seed(recipe.seed)
     ready = prepare(recipe)
-    run = run_of(ready, base_hashes(ready))
+    run = run_of(ready, base_hashes(ready, work))
     model = LiveModel.load(ready.base.folder, ready.arch, system=recipe.system_prompt)
-    working = replace(model, work=Work(journal=Journal.of(run)))
+    working = replace(model, work=replace(work, journal=Journal.of(run)))
     fitted = fit_of(ready, working, find_judge(recipe.judge))
     base = Live(recipe.model, model, _identity(ready.base), (), recipe.evaluate.batch)
     seen = hashed([run, ready.fingerprints, ready.directions_hash, ready.given])

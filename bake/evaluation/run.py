@@ -1,27 +1,42 @@
 """An evaluation: everything that is asked, of a model and of its base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, zip_longest
+from typing import TypeVar
 
 from bake.evaluate import Answer, paired, rates, with_verdicts
 from bake.evaluation.answers import answered
 from bake.evaluation.disjoint import Proof
-from bake.evaluation.drift import PASSAGE_TOKENS, Sequences, Text, Walk, loss, perplexity
+from bake.evaluation.drift import (
+    PASSAGE_TOKENS,
+    Along,
+    Sequences,
+    Text,
+    along,
+    loss,
+    perplexity,
+    sequences,
+)
 from bake.evaluation.facts import RIGHT, counted, outcome
 from bake.evaluation.quality import Quality, judged_quality
 from bake.evaluation.repetition import broken, mean, repeated_share, words
 from bake.evaluation.result import Checked, Evaluation, Row, Side, Weighed
 from bake.evaluation.sets import Asked
-from bake.evaluation.subject import Manner, Reads, Subject
+from bake.evaluation.subject import Manner, Reads, Subject, Update
 from bake.intervals import mcnemar
 from bake.judge import Asks, Exchange, Judge
 from bake.judge.cache import Replies
 from bake.progress import progress
 from bake.prompts import Prompt
+from bake.work import ALONE, Work
 
 __all__ = ["Asking", "evaluate"]
 
 Answers = Mapping[str, tuple[Answer, ...]]
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class Asking:
     """What is asked, how, and who judges; `manners` differ by thinking alone, if by anything.
 
     `texts` are passages for perplexity, `asker` judges the quality of answers where it is given,
-    `replies` keeps the answers.
+    `replies` keeps the answers. The processes of `work` share the prompts and passages.
     """
 
     sets: Sequence[Asked]
@@ -39,6 +54,7 @@ class Asking:
     asker: Asks | None
     replies: Replies
     proof: Proof | None = None
+    work: Work = ALONE
 
 
 def evaluate(base: Subject | None, model: Subject, asking: Asking) -> Evaluation:
@@ -62,7 +78,9 @@ def evaluate(base: Subject | None, model: Subject, asking: Asking) -> Evaluation
             if one.facts:
                 facts.append(_checked(one, manner, *pair))
             if one.opened and asking.asker and number == 0:
-                quality.append(_weighed(one, asking.asker, manner, *pair))
+                quality.append(
+                    asking.work.by_main(partial(_weighed, one, asking.asker, manner, *pair))
+                )
             if number == 0:
                 shown[one.name] = pair
         if number:
@@ -98,13 +116,17 @@ def _unreadable(base: Subject | None, model: Subject, asking: Asking, manner: Ma
 def _answers(subject: Subject, asking: Asking, manner: Manner) -> Answers:
     """Every set's answers with their verdicts."""
     prompts = [prompt.text for one in asking.sets for prompt in one.prompts]
-    said = answered(subject, prompts, manner, asking.replies)
-    return {
-        one.name: with_verdicts(
-            one.prompts, [said[prompt.text] for prompt in one.prompts], asking.judge
-        )
-        for one in asking.sets
-    }
+    said = answered(subject, prompts, manner, asking.replies, asking.work)
+
+    def judged() -> Answers:
+        return {
+            one.name: with_verdicts(
+                one.prompts, [said[prompt.text] for prompt in one.prompts], asking.judge
+            )
+            for one in asking.sets
+        }
+
+    return asking.work.by_main(judged)
 
 
 def _rows(
@@ -200,25 +222,38 @@ def _drift(
     base: Reads, model: Reads, asking: Asking, manner: Manner, before: Answers
 ) -> tuple[Sequences | None, Text | None]:
     """Divergence along the base's answers to general prompts, and perplexity of the texts."""
-    general = before.get("general", ())
-    walk = Walk()
-    losses: tuple[list[tuple[float, int]], list[tuple[float, int]]] = ([], [])
-    with progress("divergence and perplexity", len(general) + len(asking.texts)) as update:
-        for answer in general:
-            start = base.render(answer.prompt.text, manner)
-            ids = [*start, *base.tokens(_continued(answer.text, manner))]
-            walk.add(base.logits(ids), model.logits(ids), len(start))
-            update(1)
-        for text in asking.texts:
-            ids = base.tokens(text.text)[:PASSAGE_TOKENS]
-            for found, subject in zip(losses, (base, model), strict=True):
-                found.append(loss(subject.logits(ids), ids))
-            update(1)
+    general, work = before.get("general", ()), asking.work
+
+    def moved(answer: Answer) -> Along:
+        start = base.render(answer.prompt.text, manner)
+        ids = [*start, *base.tokens(_continued(answer.text, manner))]
+        return along(base.logits(ids), model.logits(ids), len(start))
+
+    def losses(text: Prompt) -> tuple[tuple[float, int], ...]:
+        ids = base.tokens(text.text)[:PASSAGE_TOKENS]
+        return tuple(loss(subject.logits(ids), ids) for subject in (base, model))
+
+    total = len(general) + len(asking.texts)
+    with progress("divergence and perplexity", total, work.main) as update:
+        walked = _shared(general, moved, work, update)
+        pairs = _shared(asking.texts, losses, work, update)
     text_found = None
-    if asking.texts:
-        count = sum(tokens for _, tokens in losses[0])
-        text_found = Text(perplexity(losses[0]), perplexity(losses[1]), count)
-    return walk.found() if general else None, text_found
+    if pairs:
+        then, now = zip(*pairs, strict=True)
+        text_found = Text(perplexity(then), perplexity(now), sum(count for _, count in then))
+    return sequences(walked) if walked else None, text_found
+
+
+def _shared(
+    items: Sequence[Item], compute: Callable[[Item], Found], work: Work, update: Update
+) -> list[Found]:
+    """What was found of each item, in their order; each process takes its own."""
+    own = []
+    for one in work.own(items):
+        own.append(compute(one))
+        update(work.size)
+    turns = chain.from_iterable(zip_longest(*work.gathered(own)))
+    return [one for one in turns if one is not None]
 
 
 def _continued(text: str, manner: Manner) -> str:

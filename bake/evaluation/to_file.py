@@ -18,6 +18,7 @@ from bake.judge.choice import find_asker, find_judge
 from bake.judge.thinking import Thinking
 from bake.manifest import file_hash, versions
 from bake.staging import check_file, staged_file
+from bake.work import Work
 
 __all__ = ["Wanted", "evaluate_to_file"]
 
@@ -53,35 +54,45 @@ def evaluate_to_file(
     """Evaluate what was named, show the table, and write the evidence where there is an `output`.
 
     Every set is proved disjoint from what the recipe's fit and search see before anything is
-    asked. Answers are kept as they come, so that a run which was cut off goes on. Raises an
+    asked. Answers are kept as they come, so that a run which was cut off goes on. The processes of
+    `accelerate launch` share the prompts, and one of them judges, shows and writes. Raises an
     InputError for what cannot be found, asked or judged; the file appears when it is complete.
     """
-    if output:
-        check_file(output, overwrite)
-    if wanted.tasks:
-        capability.need_harness()
-    if wanted.tasks and (given.hooks or given.server):
-        raise InputError(CHECKPOINTS)
-    source = source_of(given)
-    if source.manifest is not None:
-        check_splits(source.splits, source.manifest, str(source.place))
-    sets = chosen_sets(source.recipe, source.splits, wanted.sets, wanted.limit)
-    proof = proved(sets, source.splits, source.manifest is not None)
-    with opened(given, source, wanted.fresh) as subjects:
+    work = Work.launched()
+    with work.main_first():
+        if output and work.main:
+            check_file(output, overwrite)
+        if wanted.tasks:
+            capability.need_harness()
+        if wanted.tasks and (given.hooks or given.server):
+            raise InputError(CHECKPOINTS)
+        source = source_of(given)
+        if source.manifest is not None:
+            check_splits(source.splits, source.manifest, str(source.place))
+        sets = chosen_sets(source.recipe, source.splits, wanted.sets, wanted.limit)
+        proof = proved(sets, source.splits, source.manifest is not None)
+    with opened(given, source, wanted.fresh, work) as subjects:
         if wanted.tasks and subjects.folder is None:
             raise InputError(CHECKPOINTS)
-        found = _evaluated(source, subjects, wanted, sets, proof)
-        show(found.table())
-        if output:
-            values = {**_about(source, subjects, wanted), **found.as_json()}
-            text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-            with staged_file(output, overwrite) as staging:
-                staging.write_text(f"{text}\n", encoding="utf-8", errors="replace")
+        found = _evaluated(source, subjects, wanted, sets, proof, work)
+        if work.main:
+            show(found.table())
+            if output:
+                values = {**_about(source, subjects, wanted), **found.as_json()}
+                text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+                with staged_file(output, overwrite) as staging:
+                    staging.write_text(f"{text}\n", encoding="utf-8", errors="replace")
+    work.wait()
     return found
 
 
 def _evaluated(
-    source: Source, subjects: Opened, wanted: Wanted, sets: Sequence[Asked], proof: Proof
+    source: Source,
+    subjects: Opened,
+    wanted: Wanted,
+    sets: Sequence[Asked],
+    proof: Proof,
+    work: Work,
 ) -> Evaluation:
     recipe = source.recipe
     marks = Thinking(recipe.judge.thinking.begin, recipe.judge.thinking.end)
@@ -90,16 +101,22 @@ def _evaluated(
         sets,
         source.splits["text"].test[: wanted.limit],
         [Manner(wanted.tokens, recipe.system_prompt, mode, marks) for mode in modes],
-        *(find_judge(recipe.judge), find_asker(recipe.judge), replies(wanted.fresh), proof),
+        *(find_judge(recipe.judge), find_asker(recipe.judge), replies(wanted.fresh)),
+        *(proof, work),
     )
     found = evaluate(subjects.base, subjects.model, asking)
-    if not wanted.tasks or subjects.folder is None:
+    if not wanted.tasks:
         return found
+    return replace(found, capability=work.by_main(lambda: _capability(subjects, wanted)))
+
+
+def _capability(subjects: Opened, wanted: Wanted) -> dict[str, Any]:
+    """What the harness says of both checkpoints."""
     how = (wanted.tasks, wanted.task_limit, wanted.task_path)
-    base = subjects.base_folder
+    base, folder = subjects.base_folder, subjects.folder
+    assert folder is not None
     before = capability.measured(base, *how) if base else None
-    after = capability.measured(subjects.folder, *how)
-    return replace(found, capability=capability.compared(before, after))
+    return capability.compared(before, capability.measured(folder, *how))
 
 
 def _about(source: Source, subjects: Opened, wanted: Wanted) -> dict[str, Any]:
