@@ -239,6 +239,9 @@ def test_everything_that_the_evidence_has_is_shown(bake: Run, place: Path) -> No
     for path in (place / "figures").iterdir():
         root = ElementTree.fromstring(path.read_text())
         assert root.find("{http://www.w3.org/2000/svg}style") is not None
+        # A file has its own key.
+        words = {one.text for one in root.iter("{http://www.w3.org/2000/svg}text")}
+        assert {"generic", "random"} <= words or not path.name.startswith("trades")
 
 
 @pytest.mark.slow

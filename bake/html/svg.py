@@ -3,7 +3,8 @@
 Figures have no colours of their own: classes of `figures.css` give them, in light and dark.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -18,6 +19,9 @@ NAMESPACE: Final = "http://www.w3.org/2000/svg"
 CONTROLS: Final = dict.fromkeys(
     (*range(32), *range(0x7F, 0xA0), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"
 )
+
+# Of a figure as a file: around it, and of its key.
+MARGIN, ROW, SAMPLE, LETTER = 8, 15, 20, 6
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,16 @@ class Scale:
 class Figure:
     """A drawing of `width` x `height` pixels, at the size of its text on a telephone.
 
-    `title` is what a screen reader says of it.
+    `title` is what a screen reader says of it, `key` the kinds of lines by what they are: a page
+    has it beside all figures that share it, a file below its own.
     """
 
-    def __init__(self, width: float, height: float, title: str) -> None:
+    def __init__(
+        self, width: float, height: float, title: str, key: Mapping[str, str] | None = None
+    ) -> None:
         self.title = title
+        self._size = width, height
+        self._key = key or {}
         self._root = ElementTree.Element(
             "svg",
             {
@@ -111,13 +120,26 @@ class Figure:
         return ElementTree.tostring(self._root, encoding="unicode")
 
     def standalone(self) -> str:
-        """The figure as a file of its own, with its style sheet and paper under it."""
+        """The figure as a file of its own: with its style sheet, its key, and paper under it."""
+        full = deepcopy(self)
         style = ElementTree.Element("style")
         style.text = f"{stylesheet()}svg.figure {{ background: var(--paper); }}\n"
-        self._root.insert(1, style)
-        text = self.inline()
-        self._root.remove(style)
-        return text + "\n"
+        full._root.insert(1, style)
+        width, height = self._size
+        x, y = 0.0, height + ROW
+        for name, kind in self._key.items():
+            room = SAMPLE + LETTER * len(name) + 2 * MARGIN
+            if x and x + room > width:
+                x, y = 0.0, y + ROW
+            full.line([(x, y - 3.5), (x + SAMPLE, y - 3.5)], kind)
+            full.text(x + SAMPLE + 4, y, name, "note")
+            x += room
+        height = y + 4 if self._key else height
+        corner, size = -MARGIN, (width + 2 * MARGIN, height + 2 * MARGIN)
+        full._root.set("viewBox", " ".join(map(number, (corner, corner, *size))))
+        for side, one in zip(("width", "height"), size, strict=True):
+            full._root.set(side, number(one))
+        return full.inline() + "\n"
 
     def _mark(
         self, name: str, kind: str, values: dict[str, float] | dict[str, str]

@@ -27,7 +27,8 @@ def _picture(shown: Shown, name: str) -> Figure:
     values = [one.figures[name] for one in found]
     low, high = min(values), max(values)
     room = (high - low) * 0.06 or max(abs(high) * 0.06, 0.01)
-    figure = Figure(WIDTH, HEIGHT, f"{name} by layer")
+    every = series_of(shown)
+    figure = Figure(WIDTH, HEIGHT, f"{name} by layer", every if len(every) > 1 else None)
     figure.text(0, 12, name, "heading")
     across = Scale(min(layers) - 0.5, max(layers) + 0.5, LEFT, RIGHT)
     up = Scale(low - room, high + room, BOTTOM, TOP)
@@ -39,7 +40,7 @@ def _picture(shown: Shown, name: str) -> Figure:
     marks = [(value, words) for value, words in ticks(*_ends(across), 8) if value == int(value)]
     figure.across(across, BOTTOM, marks, BOTTOM)
     figure.text((LEFT + RIGHT) / 2, BOTTOM + 28, "layer", "note", "middle")
-    for series, kind in series_of(shown).items():
+    for series, kind in every.items():
         own = sorted((one for one in found if one.series == series), key=lambda one: one.layer)
         figure.line([(across(one.layer), up(one.figures[name])) for one in own], kind, series)
         for one in own:

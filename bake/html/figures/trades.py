@@ -32,7 +32,8 @@ def trades(shown: Shown) -> Mapping[str, Figure]:
 
 def _picture(geometry: Geometry, role: str) -> Figure:
     count = geometry.trades.prompts.get(role, 0)
-    figure = Figure(WIDTH, HEIGHT, f"What each direction trades: {role}")
+    kinds = kinds_of(geometry)
+    figure = Figure(WIDTH, HEIGHT, f"What each direction trades: {role}", kinds)
     figure.text(0, 12, f"{role}: refused, % of {count}", "heading")
     every = [point for curve in geometry.trades.curves.values() for point in curve]
     furthest = sqrt(max((point.divergence for point in every), default=0.0)) or 1.0
@@ -46,7 +47,7 @@ def _picture(geometry: Geometry, role: str) -> Figure:
     figure.text((LEFT + RIGHT) / 2, BOTTOM + 41, "KL(clean ‖ steered), nats", "note", "middle")
     base = geometry.trades.base.refused[role]
     figure.line([(LEFT, up(base)), (RIGHT, up(base))], "limit", f"unsteered: {base:.1f} %")
-    for name, kind in kinds_of(geometry).items():
+    for name, kind in kinds.items():
         curve = geometry.trades.curves[name]
         drawn = [*((_signed(one), one.refused[role]) for one in curve), (0.0, base)]
         points = [(across(x), up(y)) for x, y in sorted(drawn)]
