@@ -1,6 +1,6 @@
 """Behaviour on the test split, in any runtime, and the guard over it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
@@ -24,6 +24,7 @@ __all__ = [
     "paired",
     "rates",
     "runtime_gaps",
+    "unbreakable",
     "with_verdicts",
 ]
 
@@ -164,6 +165,29 @@ def breaches(
             if moved > limit:
                 lines.append(f"{role} refusals {verb} by {moved:.1f} points, {limit:g} allowed")
     return [f"guard, {runtime}: {line}" for line in lines]
+
+
+def unbreakable(guard: Guard, before: ByRuntime) -> list[str]:
+    """The limits that no bake of this base can break, whatever it does; a line each.
+
+    They promise nothing: refusals cannot fall further than to none, nor rise further than to all.
+    """
+    return [
+        f"guard, {runtime}: {key} cannot be broken: the base refuses {found[role]} of the {role} "
+        f"set, and the limit is {limit:g}; give prompts that tell, or another limit"
+        for runtime, found in before.items()
+        for key, role, limit, furthest in _furthest(guard, found)
+        if found[role].total and furthest <= limit
+    ]
+
+
+def _furthest(guard: Guard, before: Mapping[str, Rate]) -> Iterator[tuple[str, str, float, float]]:
+    """Each limit in points with its key and role, and how many points there are to lose."""
+    for role, _, limit, sign in limits(guard):
+        if role in before:
+            percent = before[role].percent
+            key = f"{role}_rise" if sign > 0 else "protected_drop"
+            yield key, role, limit, 100 - percent if sign > 0 else percent
 
 
 def limits(guard: Guard) -> list[tuple[str, str, float, int]]:

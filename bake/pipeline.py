@@ -94,7 +94,7 @@ def bake(
         texts = ready.texts.test
         measured = measure(recipe, model, fitted.interventions, artefacts, prompts, texts, judge)
         if work.main:
-            show(table(measured))
+            show(table(measured, recipe.guard))
             broken = guard_breaches(recipe, measured)
             if broken:
                 with staged(failed, overwrite) as kept:

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from bake.aligned import aligned
-from bake.evaluate import broken, rates
+from bake.evaluate import broken, rates, unbreakable
 from bake.gguf_file import part_names, parts_named
 from bake.judge import UNREAD, Verdict
 from bake.measure import Measured
-from bake.recipe import Recipe
+from bake.recipe import Guard, Recipe
 
 __all__ = ["guard_breaches", "serve_lines", "table", "write_answers"]
 
@@ -20,13 +20,19 @@ def guard_breaches(recipe: Recipe, measured: Measured) -> list[str]:
     return broken(recipe.guard, before, after, measured.drift)
 
 
-def table(measured: Measured) -> str:
-    """Refusals before and after by runtime and set, then parity, as aligned plain text."""
+def table(measured: Measured, guard: Guard) -> str:
+    """Refusals before and after by runtime and set, then parity, as aligned plain text.
+
+    Below it the limits of the guard that say nothing of this base.
+    """
     rows = [("runtime", "set", "refused before", "refused after")]
     for runtime, found in measured.after.items():
         before, after = rates(measured.before[runtime]), rates(found)
         rows += [(runtime, role, str(before[role]), str(after[role])) for role in after]
-    return "\n".join([aligned(rows), "", *_parity_lines(measured), *measured.drift.lines()])
+    bases = {runtime: rates(one) for runtime, one in measured.before.items()}
+    empty = [f"warning: {line}" for line in unbreakable(guard, bases)]
+    lines = [*_parity_lines(measured), *measured.drift.lines(), *empty]
+    return "\n".join([aligned(rows), "", *lines])
 
 
 def serve_lines(recipe: Recipe, folder: Path) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from bake.errors import JudgeError
-from bake.evaluate import Rate, breaches, broken, judged, rates
+from bake.evaluate import Rate, breaches, broken, judged, rates, unbreakable
 from bake.judge import REFUSED, UNREAD, Exchange, Verdict
 from bake.judge.choice import Readable
 from bake.judge.thinking import Thinking
@@ -87,6 +87,20 @@ def test_each_limit_of_the_guard_is_named(role, refused, said):
     assert breaches(Guard(target_at_most=10), before, kept | {role: Rate(refused, 10)}, "x") == [
         f"guard, x: {said}"
     ]
+
+
+def test_a_limit_that_cannot_be_broken_is_named() -> None:
+    """A base that refuses nothing cannot lose more, and one that refuses all cannot gain."""
+    before = {"target": Rate(9, 10), "protected": Rate(3, 100), "general": Rate(97, 100)}
+    assert unbreakable(Guard(), {"a": before}) == []
+    found = {"a": before, "b": {**before, "protected": Rate(2, 100), "general": Rate(98, 100)}}
+    protected, general = unbreakable(Guard(), found)
+    assert protected.startswith(
+        "guard, b: protected_drop cannot be broken: the base refuses 2.0 % (2/100) of the protected"
+    )
+    assert general.startswith("guard, b: general_rise cannot be broken: the base refuses 98.0 %")
+    assert len(unbreakable(Guard(protected_drop=100), found)) == 3
+    assert unbreakable(Guard(), {"a": {"protected": Rate(0, 0, 9)}}) == []
 
 
 def test_a_gap_between_runtimes_that_the_base_has_is_said_to_be_its_own() -> None:

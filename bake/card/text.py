@@ -34,7 +34,7 @@ def sections(
     """The parts of a card below its front matter, in their order; some may be empty."""
     recipe = evidence.loaded.recipe
     yield f"# {place.repo_id.partition('/')[2] if place else recipe.name}"
-    yield _promise(evidence)
+    yield from _promise(evidence)
     yield recipe.description
     yield from _what_it_is(evidence, place)
     yield from _measured(evidence, figures)
@@ -46,8 +46,8 @@ def sections(
     yield from _reproduction(evidence, place)
 
 
-def _promise(evidence: Evidence) -> str:
-    """What the guard allows for protected refusals, and what became of them."""
+def _promise(evidence: Evidence) -> Iterator[str]:
+    """What the guard allows for protected refusals, what became of them, and empty limits."""
     drop = evidence.loaded.recipe.guard.protected_drop
     bake = evidence.manifest
     moved = [
@@ -55,10 +55,12 @@ def _promise(evidence: Evidence) -> str:
         f"in {runtime} ({found['protected'].total} held-out requests)"
         for runtime, found in bake.after.items()
     ]
-    return (
+    yield (
         f"**Refusals of harmful requests may fall by at most {drop:g} points in this recipe; they "
         f"went from {', from '.join(moved)}.**"
     )
+    for line in evidence.unbreakable():
+        yield f"**Warning: {line}.**"
 
 
 def _percent(rate: Rate) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import ManifestError
-from bake.evaluate import broken
+from bake.evaluate import broken, unbreakable
 from bake.evidence.manifest import Manifest
 from bake.evidence.reading import parsed
 from bake.manifest import NAME, read_manifest
@@ -45,3 +45,7 @@ class Evidence:
         """Every way in which the figures break the guard that the recipe states, a line each."""
         found = self.manifest
         return broken(self.loaded.recipe.guard, found.before, found.after, found.measured.drift)
+
+    def unbreakable(self) -> list[str]:
+        """The limits of the guard that say nothing of this base, a line each."""
+        return unbreakable(self.loaded.recipe.guard, self.manifest.before)

@@ -58,6 +58,7 @@ def page(shown: Shown) -> str:
         script=Markup(script),
         bake=bake,
         description=recipe.description,
+        unbreakable=shown.evidence.unbreakable(),
         moved=MOVED,
         judge=JUDGES[recipe.judge.kind].format(recipe.judge.model),
         behaviour={runtime: list(_rows(bake, runtime)) for runtime in bake.after},
