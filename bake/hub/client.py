@@ -145,7 +145,8 @@ def _asked(what: str, remedy: str = AGAIN) -> Iterator[None]:
         # A server may repeat what it was sent.
         text = re.sub(r"\s+", " ", said.replace(get_token() or said, "…")).strip()[:300]
         status = cause.response.status_code if cause else 0
-        broken = "broke off" if isinstance(root, HTTPError | OSError) else "refused"
+        cut = any(isinstance(one, HTTPError | OSError) for one in (error, root))
+        broken = "broke off" if cut else "refused"
         kind = f"the Hub says {status}" if cause else broken
         raise HubError(f"{what}: {kind}: {text}; {REMEDIES.get(status, remedy)}") from error
 
