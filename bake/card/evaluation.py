@@ -23,7 +23,7 @@ def evaluation_results(found: Evaluation) -> Iterator[EvalResult]:
         if not one.language and not one.thinking:
             before, after = one.before, one.after.refusals
             yield _result(
-                *(one.set, "refusal-rate"),
+                *(_named(one.set), f"bake-{_named(one.set)}", "refusal-rate"),
                 f"Refused in {runtime}, answers of {found.answer_tokens} tokens, %",
                 round(after.percent, 2),
                 refused=after.refused,
@@ -33,7 +33,7 @@ def evaluation_results(found: Evaluation) -> Iterator[EvalResult]:
     for fact in found.facts:
         if not fact.thinking:
             yield _result(
-                *(fact.set, "accuracy"),
+                *(_named(fact.set), f"bake-{_named(fact.set)}", "accuracy"),
                 f"Right in {runtime}, %",
                 _right(fact.after),
                 before=_right(fact.before) if fact.before else None,
@@ -41,18 +41,21 @@ def evaluation_results(found: Evaluation) -> Iterator[EvalResult]:
     for task, metrics in found.capability.items():
         for name, metric in metrics.items():
             yield _result(
-                *(task, name, f"{name}, lm-eval", metric.after.value),
+                *(task, f"lm-eval-{task}", name),
+                *(f"{name}, lm-eval", metric.after.value),
                 stderr=metric.after.stderr,
                 before=metric.before.value if metric.before else None,
             )
 
 
-def _result(of: str, kind: str, name: str, value: float, **more: Any) -> EvalResult:
+def _result(
+    title: str, dataset: str, kind: str, name: str, value: float, **more: Any
+) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
-        task_name=f"Evaluation, {_named(of)}",
-        dataset_type=f"bake-{_named(of)}" if kind in ("refusal-rate", "accuracy") else of,
-        dataset_name=_named(of),
+        task_name=f"Evaluation, {title}",
+        dataset_type=dataset,
+        dataset_name=title,
         metric_type=kind,
         metric_name=name,
         metric_value=value,
@@ -72,7 +75,7 @@ def _right(facts: Facts) -> float:
 
 def evaluation_section(found: Evaluation) -> Iterator[str]:
     """What `bake eval` measured, as paragraphs and tables."""
-    beside = f", before in {found.base.name}" if found.base else ""
+    beside = ", beside its base" if found.base else ""
     yield "## Evaluated"
     yield (
         f"By `bake eval` in {found.model.runtime}{beside}: greedy answers of at most "
