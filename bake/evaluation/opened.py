@@ -133,9 +133,9 @@ def opened(
             assert name is not None
             in_llama = _in_llama(given, name, source.manifest)
             yield (
-                _ggufs(given, name, source, stack)
+                _ggufs(given, name, source, stack, work)
                 if in_llama
-                else _checkpoints(given, name, source)
+                else _checkpoints(given, name, source, work)
             )
 
 
@@ -175,7 +175,8 @@ def _hooked(source: Source, work: Work) -> Opened:
     recipe = source.recipe
     check_trust(recipe, False)
     torch.manual_seed(recipe.seed)
-    ready = prepare(recipe)
+    with work.main_first():
+        ready = prepare(recipe)
     run = run_of(ready, base_hashes(ready, work))
     model = LiveModel.load(ready.base.folder, ready.arch, system=recipe.system_prompt)
     working = replace(model, work=replace(work, journal=Journal.of(run)))
@@ -199,14 +200,17 @@ def _top(manifest: Mapping[str, Any]) -> list[str]:
     return [one for one in manifest["outputs"] if "/" not in one]
 
 
-def _ggufs(given: Named, name: str, source: Source, stack: ExitStack) -> Opened:
-    model = _llama(find_gguf(name), name)
+def _ggufs(given: Named, name: str, source: Source, stack: ExitStack, work: Work) -> Opened:
+    with work.main_first():
+        found = find_gguf(name)
+        base: Path | None = None
+        if given.base:
+            base = find_gguf(given.base)
+        elif source.manifest is not None:
+            base = named_gguf(source.recipe)
+    model = _llama(found, name)
     stack.callback(model.close)
-    base: Path | None = None
-    if given.base:
-        base = find_gguf(given.base)
-    elif source.manifest is not None:
-        base = named_gguf(source.recipe)
+    if source.manifest is not None and not given.base:
         if base is None or not base.is_file():
             raise InputError(
                 f"{name}: its GGUF is the checkpoint's, converted, or its base lies elsewhere; "
@@ -217,9 +221,9 @@ def _ggufs(given: Named, name: str, source: Source, stack: ExitStack) -> Opened:
             raise InputError(f"{other}: is not the file that was baked; give that one with --base")
     if base is None:
         return Opened(None, model)
-    found = _llama(base, given.base or base.name)
-    stack.callback(found.close)
-    return Opened(found, model)
+    plain = _llama(base, given.base or base.name)
+    stack.callback(plain.close)
+    return Opened(plain, model)
 
 
 def _llama(path: Path, name: str) -> Llama:
@@ -228,16 +232,17 @@ def _llama(path: Path, name: str) -> Llama:
     return Llama(name, path, {"gguf": sorted(hashes.values()), **_versions()})
 
 
-def _checkpoints(given: Named, name: str, source: Source) -> Opened:
+def _checkpoints(given: Named, name: str, source: Source, work: Work) -> Opened:
     for one in (name, given.base or ""):
         if one.endswith(".gguf"):
             raise InputError(f"{one}: transformers reads folders; take --runtime llama.cpp")
-    folder, recipe = find_folder(name), source.recipe
-    base: Path | None = None
-    if given.base:
-        base = find_folder(given.base)
-    elif source.manifest is not None:
-        base = base_folder(recipe)
+    recipe, base = source.recipe, None
+    with work.main_first():
+        folder = find_folder(name)
+        if given.base:
+            base = find_folder(given.base)
+        elif source.manifest is not None:
+            base = base_folder(recipe)
     if base is None:
         return Opened(None, _live(folder, name, recipe), None, folder)
     deciders = deciding(Checkpoint.open(base)) if source.manifest is not None else []
