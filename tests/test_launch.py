@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from bake.demo import Demo
 from tests.chat_server import Script
 from tests.launched import launch
 from tests.test_fit_run import ROLES, judge, write_sets  # noqa: F401
-from tests.through_disk import opened
 from tests.tiny import write_tiny
-from tests.tiny_gguf import write_tiny_gguf
 
 RECIPE = """\
 model: model
@@ -88,21 +87,25 @@ def test_an_error_of_one_process_is_said_once(judge: Script) -> None:  # noqa: F
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_evaluation_in_three_processes_is_that_of_one(judge: Script) -> None:  # noqa: F811
+def test_an_evaluation_in_three_processes_is_that_of_one(
+    judge: Script,  # noqa: F811
+    demo: Demo,
+) -> None:
     """Of a folder beside its base, in transformers, and of a GGUF, to the byte; one judges."""
     assert baked(judge, "folder", 1)[0] == 0
-    base, arch, _ = opened(Path("model"))
-    write_tiny_gguf(base, arch, Path("base.gguf"))
     phrases = ("--set", "judge={kind: keyword, phrases: [w1, w2, w3]}")
     what = {
-        "checkpoint": ("folder", *phrases),
-        "gguf": ("--model", "base.gguf", "--recipe", "recipe.yaml", *phrases),
+        "checkpoint": ("folder", "--tokens", "12"),
+        "gguf": (
+            *("--model", str(demo.gguf), "--recipe", "recipe.yaml"),
+            *("--limit", "24", "--tokens", "6"),
+        ),
     }
     for name, arguments in what.items():
         said = []
         for processes in (1, 3):
             output = f"{name}.{processes}"
-            options = ("eval", *arguments, "--tokens", "12", "--output", f"{output}.json")
+            options = ("eval", *arguments, *phrases, "--output", f"{output}.json")
             cache = str(Path("cache", output).absolute())
             code, out, err = launch(processes, *options, BAKE_CACHE=cache, OMP_NUM_THREADS="1")
             assert code == 0, err

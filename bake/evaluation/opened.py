@@ -53,8 +53,9 @@ class Named:
 
     @property
     def hooks(self) -> bool:
-        """Whether a recipe stands alone."""
-        return bool(self.recipe and not (self.folder or self.base or self.server))
+        """Whether a recipe stands alone; a GGUF beside it takes no hooks."""
+        other = self.folder or self.base or self.server
+        return bool(self.recipe and not other and not (self.model or "").endswith(".gguf"))
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _ggufs(given: Named, name: str, source: Source, stack: ExitStack, work: Work
                 "give a GGUF of the base with --base"
             )
         parts = [part.path for part in GGUFFile.open(base).files]
-        if other := other_file(parts, _inputs(source.manifest)):
+        if other := other_file(parts, _inputs(source.manifest), work.main):
             raise InputError(f"{other}: is not the file that was baked; give that one with --base")
     if base is None:
         return Opened(None, model)
@@ -246,7 +247,7 @@ def _checkpoints(given: Named, name: str, source: Source, work: Work) -> Opened:
     if base is None:
         return Opened(None, _live(folder, name, recipe), None, folder)
     deciders = deciding(Checkpoint.open(base)) if source.manifest is not None else []
-    if other := other_file(deciders, _inputs(source.manifest)):
+    if other := other_file(deciders, _inputs(source.manifest), work.main):
         raise CheckpointError(
             f"{other}: is not the file that was baked ({source.place}, inputs); give that revision "
             "of the base with --base"

@@ -160,9 +160,10 @@ def deciding(checkpoint: Checkpoint) -> list[Path]:
     return [path for path in files if DECIDING.fullmatch(path.name)]
 
 
-def other_file(files: Sequence[Path], inputs: Mapping[str, str]) -> Path | None:
+def other_file(files: Sequence[Path], inputs: Mapping[str, str], shown: bool = True) -> Path | None:
     """The first of some files that does not have the hash of a bake's input; all are read once."""
-    with progress("base", sum(path.stat().st_size for path in files)) as update:
+    total = sum(path.stat().st_size for path in files)
+    with progress("base", total, shown and bool(files)) as update:
         for path in files:
             if inputs.get(path.name) != file_hash(path, update):
                 return path
