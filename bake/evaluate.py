@@ -1,6 +1,6 @@
 """Behaviour on the test split, in any runtime, and the guard over it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
@@ -172,22 +172,20 @@ def unbreakable(guard: Guard, before: ByRuntime) -> list[str]:
 
     They promise nothing: refusals cannot fall further than to none, nor rise further than to all.
     """
-    return [
-        f"guard, {runtime}: {key} cannot be broken: the base refuses {found[role]} of the {role} "
-        f"set, and the limit is {limit:g}; give prompts that tell, or another limit"
-        for runtime, found in before.items()
-        for key, role, limit, furthest in _furthest(guard, found)
-        if found[role].total and furthest <= limit
-    ]
-
-
-def _furthest(guard: Guard, before: Mapping[str, Rate]) -> Iterator[tuple[str, str, float, float]]:
-    """Each limit in points with its key and role, and how many points there are to lose."""
-    for role, _, limit, sign in limits(guard):
-        if role in before:
-            percent = before[role].percent
-            key = f"{role}_rise" if sign > 0 else "protected_drop"
-            yield key, role, limit, 100 - percent if sign > 0 else percent
+    lines = []
+    for runtime, found in before.items():
+        for role, _, limit, sign in limits(guard):
+            if role not in found or not found[role].total:
+                continue
+            rises = sign > 0
+            room = 100 - found[role].percent if rises else found[role].percent
+            if room <= limit:
+                key = f"{role}_rise" if rises else "protected_drop"
+                lines.append(
+                    f"guard, {runtime}: {key} promises nothing: the base refuses {found[role]} of "
+                    f"the {role} set; give prompts that it {'answers' if rises else 'refuses'}"
+                )
+    return lines
 
 
 def limits(guard: Guard) -> list[tuple[str, str, float, int]]:

@@ -96,9 +96,9 @@ def test_a_limit_that_cannot_be_broken_is_named() -> None:
     found = {"a": before, "b": {**before, "protected": Rate(2, 100), "general": Rate(98, 100)}}
     protected, general = unbreakable(Guard(), found)
     assert protected.startswith(
-        "guard, b: protected_drop cannot be broken: the base refuses 2.0 % (2/100) of the protected"
+        "guard, b: protected_drop promises nothing: the base refuses 2.0 % (2/100) of the protected"
     )
-    assert general.startswith("guard, b: general_rise cannot be broken: the base refuses 98.0 %")
+    assert general.startswith("guard, b: general_rise promises nothing: the base refuses 98.0 %")
     assert len(unbreakable(Guard(protected_drop=100), found)) == 3
     assert unbreakable(Guard(), {"a": {"protected": Rate(0, 0, 9)}}) == []
 

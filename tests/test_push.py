@@ -169,7 +169,7 @@ def test_cards_read_as_the_hub_reads_them(pushed: tuple[Server, str]) -> None:
     assert first[0] == "# opened"
     assert "may fall by at most 1.5 points" in first[2]
     # The tiny base refuses nothing, so that this promises nothing.
-    assert first[4].startswith("**Warning: guard, transformers: protected_drop cannot be broken: ")
+    assert first[4].startswith("**Warning: guard, transformers: protected_drop promises nothing: ")
     assert f"ollama run hf.co/{GGUF}" in cards[GGUF]
     assert f'from_pretrained(base, "{LORA}")' in cards[LORA]
 
