@@ -1,5 +1,6 @@
 """`bake reproduce`: a bake again, from its own manifest, here and from a repository."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from bake.evidence import Beside
 from bake.hub import prepare_push
 from bake.manifest import read_manifest, write_manifest
 from tests.conftest import Run
 from tests.hub_server import Repo, served
 from tests.test_push import MAIN, place
+from tests.test_report import GEOMETRY
 
 __all__ = ["place"]
 
@@ -85,13 +88,18 @@ def test_a_repository_is_reproduced_for_the_files_that_it_has(
     bake: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    for one in prepare_push(place / "out", MAIN).repositories[1:]:
+    mapped = tmp_path / "map.json"
+    mapped.write_text(json.dumps({**GEOMETRY, "model": "model"}))
+    push = prepare_push(place / "out", MAIN, beside=Beside(geometry=mapped))
+    for one in push.repositories[1:]:
         manifest = one.files["bake.json"]
         assert isinstance(manifest, bytes)
         (tmp_path / "bake.json").write_bytes(manifest)
         code, out, err = bake("reproduce", str(tmp_path))
-        # But for the card and the manifest.
-        files = len(one.files) - 2
+        # But for the card and the manifest, and what the push was given beside the bake.
+        added = [name for name in one.files if name.startswith("evidence/")]
+        assert "evidence/geometry.json" in added
+        files = len(one.files) - len(added) - 2
         assert (code, quiet(err)) == (0, []), err
         assert out.startswith(f"{files} of {files} files have the same bytes, ")
 
