@@ -6,6 +6,7 @@ a batch gives is handed to all processes, which take it in in the order of the b
 those of one process to the bit. torch.distributed carries it, through accelerate.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,9 @@ class Work:
         with _together():
             # What is exchanged is in memory, wherever models run.
             state = PartialState(cpu=True, timeout=_patience())
+        if state.num_processes > 1:
+            # Left to the interpreter's last sweep, gloo's threads now and then abort the process.
+            atexit.register(state.destroy_process_group)
         return cls(state.process_index, state.num_processes)
 
     @property
