@@ -261,30 +261,36 @@ class LiveModel:
     def logits(self, batch: Batch) -> Tensor:
         """Logits [batch, length, vocabulary] in float32; rows of padding mean nothing."""
         with torch.inference_mode():
-            output = self.model(**self._inputs(batch.ids, batch.mask, NO_PREFIX))
+            output = self.model(**self._inputs(batch.ids, batch.mask))
         logits: Tensor = output.logits.float().cpu()
         return logits
 
-    def _inputs(self, ids: Tensor, whole_mask: Tensor, prefix: Prefix) -> dict[str, Tensor]:
-        """What a pass over the tokens behind a prefix takes."""
-        positions = _positions(whole_mask)[:, len(prefix.ids) :]
+    def _inputs(self, ids: Tensor, whole_mask: Tensor) -> dict[str, Tensor]:
+        """What a pass over the last tokens under a mask takes."""
+        positions = _positions(whole_mask)[:, -ids.shape[1] :]
         return {
             "input_ids": ids.to(self.device),
             "attention_mask": whole_mask.to(self.device),
             "position_ids": positions.to(self.device),
         }
 
-    def last_logits(self, batch: Batch, count: int) -> Tensor:
+    def last_logits(self, batch: Batch, count: int, cache: Any = None) -> Tensor:
         """Logits [batch, count, vocabulary] of the last positions in float32, with gradients.
 
-        Of what hooks bring in: the model's own weights take none.
+        Of what hooks bring in: the model's own weights take none. A `cache` is of all tokens
+        under the mask but those in `ids`, which come to it.
         """
-        output = self.model(
-            **self._inputs(batch.ids, batch.whole_mask, batch.prefix),
-            past_key_values=batch.prefix.repeated(len(batch.rows)),
-            use_cache=False,
-            logits_to_keep=count,
-        )
+        # A slice of states, as transformers gives it to the head, is multiplied row by row.
+        whole = self.model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        try:
+            output = self.model(
+                **self._inputs(batch.ids, batch.whole_mask),
+                past_key_values=batch.prefix.repeated(len(batch.rows)) if cache is None else cache,
+                use_cache=False,
+                logits_to_keep=count,
+            )
+        finally:
+            whole.remove()
         logits: Tensor = output.logits.float().cpu()
         return logits
 
@@ -312,7 +318,7 @@ class LiveModel:
         """Run the decoder without the head, for what hooks see on the way."""
         with torch.inference_mode():
             self.model.base_model(
-                **self._inputs(batch.ids, batch.whole_mask, batch.prefix),
+                **self._inputs(batch.ids, batch.whole_mask),
                 past_key_values=batch.prefix.repeated(len(batch.rows)),
                 use_cache=False,
             )
@@ -443,6 +449,10 @@ def _tokenizer(folder: Path, trusted: bool) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _positions(mask: Tensor) -> Tensor:
