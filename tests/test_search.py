@@ -35,7 +35,7 @@ from bake.search.journal import SearchJournal
 from bake.search.proxy import Proxy
 from bake.search.run import search_to_file, shown
 from bake.search.space import corners, spaces, with_point
-from bake.search.trial import Figures, Trial, finalists, front
+from bake.search.trial import Figures, Trial, behind_front, excess, finalists, front
 from tests.conftest import Run
 from tests.tiny import write_place, write_tiny
 
@@ -211,7 +211,7 @@ def test_more_inputs_than_memory_holds_are_refused_with_the_number(
 def states_kept(model: LiveModel, layers: Sequence[int]) -> Behind:
     shared = [5, 9, 11]
     sequences = [[*shared, *range(20, 20 + n)] for n in range(2, 9)]
-    return Behind(model, sequences, layers)
+    return Behind(model, [sequences[4:], sequences[:4]], layers)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,46 @@ def test_later_blocks_alone_give_what_the_whole_model_gives(
     for row, logits in found.items():
         torch.testing.assert_close(logits, whole[row], rtol=1e-3, atol=1e-3)
         assert not torch.allclose(logits, clean[row], atol=1e-2)
+
+
+def test_a_screen_gives_what_the_model_gives_that_is_steered_at_the_last_tokens(
+    tmp_path: Path,
+) -> None:
+    """Of any rows of a padded batch, from any kept block; nothing where there is no cache."""
+    from bake.archs import find_arch
+    from bake.hooks import on_output
+
+    write_tiny("llama", tmp_path)
+    base = Checkpoint.open(tmp_path)
+    model = LiveModel.load(tmp_path, find_arch(base.config, "config.json", base.tensors))
+    shared = [5, 9, 11]
+    sequences = [[*shared, *range(20 + n, 20 + 2 * n)] for n in (9, 12, 10, 17, 8)]
+    kept = Behind(model, [sequences[:2], sequences[2:]], [0, 1])
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+    def at_the_end(state: torch.Tensor, _: object) -> torch.Tensor:
+        moved = torch.zeros_like(state)
+        moved[:, -8:] = vector
+        return state + moved
+
+    found = []
+    for change in (at_the_end, lambda state, _: state + vector):
+        handle = on_output(model.block(1), change)
+        try:
+            if change is at_the_end:
+                batches_of_one = list(batches(sequences, 2, 1))
+                wanted = {one.rows[0]: model.last_logits(one, 1)[0, -1] for one in batches_of_one}
+            else:
+                found = [dict(_by_row(kept.screened(layer))) for layer in (-1, 0)]
+                assert dict(_by_row(kept.screened(0)))  # the caches are as they were
+                whole = dict(_by_row(kept.last(0)))
+        finally:
+            handle.remove()
+    for rows in found:
+        assert rows.keys() == wanted.keys()
+        for row, logits in rows.items():
+            torch.testing.assert_close(logits, wanted[row], rtol=1e-3, atol=1e-3)
+            assert not torch.allclose(logits, whole[row], atol=1e-2)
 
 
 def _by_row(found: Any) -> Iterator[tuple[int, torch.Tensor]]:
@@ -333,15 +373,19 @@ def test_a_trial_makes_the_edits_that_a_bake_makes(bench: Bench, point: dict[str
 
 
 def test_what_is_held_is_counted(bench: Bench) -> None:
-    """Gram matrices of 32 x 32 in float32; samples of all blocks; states and log-probabilities."""
+    """Gram matrices of 32 x 32 in float32; samples of all blocks; states, keys and values."""
     bench.captured.interventions(bench._recipe, bench.ready.plan)
     prompts = sum(map(len, bench.labels.values()))
     places = len(bench.captured._samples)
     assert bench.captured.held == 4 * (6 * 32**2 + places * prompts * 3 * 32)
     general = len(bench.prompts["general"])
-    tokens = sum(batch.ids.numel() for batch in bench.proxy._behind._batches)
-    tokens += len(bench.proxy._behind._prefix.ids)
-    assert bench.proxy.held == 4 * (tokens * 32 + general * 96)
+    behind = bench.proxy._behind
+    begin, config = len(behind._prefix.ids), bench.model.model.config
+    tokens = sum(batch.ids.numel() for batch in behind._batches)
+    before = sum(len(one.rows) * (begin + one.ids[:, :-8].shape[1]) for one in behind._batches)
+    width = 2 * 3 * config.num_key_value_heads * config.head_dim
+    numbers = (tokens + begin) * 32 + general * 96 + before * width
+    assert begin and bench.proxy.held == 4 * numbers
 
 
 def test_the_figures_are_those_of_whole_passes(bench: Bench) -> None:
@@ -393,6 +437,62 @@ def test_the_front_has_what_nothing_else_beats() -> None:
     many = [trial(n, n, 1 / (n + 1)) for n in range(9)]
     assert [one.number for one in finalists(many, down, 5)] == [0, 1, 2, 3, 8]
     assert [one.number for one in finalists(many, down, 1)] == [0]
+
+
+def test_a_trial_that_is_stopped_early_would_not_have_come_onto_the_front() -> None:
+    """Looked at role by role or whole, the same trials are on the front, and in few passes."""
+    guard, base, rng = Guard(), Figures(dict.fromkeys(ROLES, 50.0), 0.0), random.Random(0)
+    whole: list[Trial] = []
+    staged: list[Trial] = []
+    seen = 0
+    for number in range(300):
+        found = {role: 50 + rng.gauss(0, 3) for role in ROLES}
+        found["target"] = rng.uniform(0, 50)
+        kl = rng.uniform(0, 0.1)
+        figures = Figures(found, kl)
+        whole.append(Trial(number, {}, {}, figures, excess(guard, 0.05, base, figures)))
+        for roles in (ROLES[3:], (*ROLES[3:], ROLES[0]), (ROLES[3], *ROLES[:2]), ROLES):
+            figures = Figures({role: found[role] for role in roles}, kl)
+            over, seen = excess(guard, 0.05, base, figures), seen + 1
+            why = behind_front(guard, staged, over, figures) if roles != ROLES else ""
+            if why:
+                break
+        staged.append(Trial(number, {}, {}, figures, over, stopped=why))
+    expected, got = ([one.number for one in front(each, guard)] for each in (whole, staged))
+    assert got == expected and len(got) >= 5
+    assert seen < 2 * 300
+    # Until one trial is allowed all are looked at whole.
+    first = next(n for n, one in enumerate(whole) if one.allowed)
+    assert not any(one.stopped for one in staged[: first + 1])
+    assert any(one.stopped == "the limit of kl" for one in staged)
+    assert any(one.stopped.startswith("trial ") for one in staged)
+
+
+def test_a_trial_is_looked_at_no_further_than_it_can_be_on_the_front(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """General prompts, then the target, then what the guard protects."""
+    point = {"edits.0.strength": -1.5}
+    one = bench.trial(4, {}, point)
+    assert one.figures and list(one.figures.refusals) == list(ROLES) and not one.stopped
+    best = Trial(0, {}, {}, Figures(dict.fromkeys(ROLES, 0.0), 0.0))
+    screened = bench.trial(4, {}, point, [best])
+    assert screened.stopped == "trial 0, by the last tokens alone" and screened.figures
+    assert 0 < screened.figures.kl != one.figures.kl
+    assert list(screened.figures.refusals) == [ROLES[0], ROLES[3]]
+    bench._search.__dict__["kl_at_most"], limit = 1e-9, bench._search.kl_at_most
+    monkeypatch.setattr(Proxy, "screened", lambda *_: None)
+    try:
+        over = bench.trial(4, {}, point, [best])
+    finally:
+        bench._search.__dict__["kl_at_most"] = limit
+    again = bench.trial(4, {}, point, [best])
+    assert again.stopped == "trial 0" and again.figures
+    assert again.figures.kl == one.figures.kl
+    assert again.figures.refusals == {role: one.figures.refusals[role] for role in ROLES[::3]}
+    assert over.stopped == "the limit of kl" and over.figures and not over.allowed
+    assert list(over.figures.refusals) == ["general"]
+    assert Trial.from_json(json.loads(json.dumps(over.as_json()))) == over
 
 
 def test_guided_trials_keep_to_the_limits() -> None:

@@ -26,10 +26,10 @@ from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe, Search
 from bake.search.captured import Captured, check_memory
-from bake.search.journal import Answered
+from bake.search.journal import VERSION, Answered
 from bake.search.proxy import Proxy
 from bake.search.space import Corner, Point, corners, refused, with_point
-from bake.search.trial import Trial, excess
+from bake.search.trial import Figures, Trial, behind_front, excess, front
 from bake.work import Work
 
 __all__ = ["Bench"]
@@ -64,7 +64,7 @@ class Bench:
         hashes = {path.name: file_hash(path) for path in files}
         used = {**versions(), "optuna": version("optuna")}
         given = [self.ready.directions_hash, self.ready.given]
-        return hashed([values, self.prompts_used, hashes, used, given])
+        return hashed([VERSION, values, self.prompts_used, hashes, used, given])
 
     @property
     def prompts_used(self) -> dict[str, dict[str, str]]:
@@ -181,8 +181,27 @@ class Bench:
         with progress("select prompts", sum(map(len, self.prompts.values()))):
             return Proxy(self.model, self.prompts, openings, layers)
 
-    def trial(self, number: int, values: Mapping[str, Any], point: Point) -> Trial:
-        """Fit a point and look at the first token; a point that cannot be fitted says why."""
+    def trial(
+        self,
+        number: int,
+        values: Mapping[str, Any],
+        point: Point,
+        finished: Sequence[Trial] = (),
+    ) -> Trial:
+        """Fit a point and look at the first token; a point that cannot be fitted says why.
+
+        And one that is no match for the `finished` trials says so, and is looked at no further.
+        """
+        guard, most = self._recipe.guard, self._search.kl_at_most
+        over: Mapping[str, float] = {}
+        stopped = ""
+
+        def enough(so_far: Figures) -> bool:
+            nonlocal over, stopped
+            over = excess(guard, most, self.proxy.base, so_far)
+            stopped = behind_front(guard, finished, over, so_far)
+            return bool(stopped)
+
         try:
             found = with_point(self._recipe, point)
         except ValueError as error:
@@ -190,11 +209,18 @@ class Bench:
         try:
             plan = self.plan(found)
             interventions = self.captured.interventions(found, plan)
-            figures = self.proxy.figures(interventions, lowest(plan))
+            begin = lowest(plan)
+            if front(finished, guard):
+                figures = self.proxy.screened(interventions, begin, enough)
+                if stopped and figures:
+                    why = f"{stopped}, by the last tokens alone"
+                    return Trial(number, values, point, figures, over, stopped=why)
+            figures = self.proxy.figures(interventions, begin, enough)
+            if len(figures.refusals) == len(self.prompts):
+                stopped = ""
         except BakeError as error:
             return Trial(number, values, point, failed=str(error))
-        over = excess(self._recipe.guard, self._search.kl_at_most, self.proxy.base, figures)
-        return Trial(number, values, point, figures, over)
+        return Trial(number, values, point, figures, over, stopped=stopped)
 
     def answers(self, point: Point | None) -> Answered:
         """Refusals by role of answers in full, of the base model or at a point."""

@@ -1,17 +1,18 @@
 """What the fitting prompts show of the base model, once for all trials of a search."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bake.activations import Conversation, Moments, collect
+from bake.activations import Conversation, Moments, Tap, collect
 from bake.checkpoint import Checkpoint
 from bake.directions import Directions
 from bake.edits import Step
-from bake.errors import RecipeError
+from bake.errors import BakeError, RecipeError
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.given import given_probes
 from bake.fit.kept import probe_key, ramp_key
@@ -160,7 +161,10 @@ class Captured:
         return self._readings[key]
 
     def read_inputs(self, plans: Sequence[Plan], recipes: Sequence[Recipe]) -> None:
-        """Measure what the plans' probes read, where that is not known yet, in one pass a class."""
+        """Measure what the plans' probes read, where that is not known yet, in one pass a class.
+
+        The same pass gives the samples of every place where the recipes measure directions.
+        """
         taps: dict[Any, Any] = {}
         for plan, recipe in zip(plans, recipes, strict=True):
             missing = sorted(probed_apart(plan, recipe) - self._inputs.keys())
@@ -168,18 +172,43 @@ class Captured:
         if not taps:
             return
         found: dict[str, _Inputs] = {}
+        places = self._unseen(recipes)
+        seen: dict[tuple[str, int], dict[str, dict[int, Tensor]]] = {key: {} for key in places}
         with progress("gates", sum(map(len, self._weighed.values()))) as update:
             for role, conversations in self._weighed.items():
-                for module, one in collect(
-                    self._model, conversations, taps, progress=update
-                ).items():
-                    gram = one.gram.float()
+                streams = {
+                    (key, layer): tap
+                    for key, place in places.items()
+                    if role in self._shown
+                    for layer, tap in self._stream(place, conversations).items()
+                }
+                both = collect(self._model, conversations, taps | streams, progress=update)
+                for module in taps:
+                    gram = both[module].gram.float()
                     if module in found:
                         found[module].gram += gram
                     else:
                         found[module] = _Inputs(gram)
-                    found[module].means[role] = one.mean
+                    found[module].means[role] = both[module].mean
+                for key, layer in streams:
+                    seen[key].setdefault(role, {})[layer] = both[key, layer].values
         self._inputs |= found
+        self._samples |= seen
+
+    def _unseen(self, recipes: Sequence[Recipe]) -> dict[tuple[str, int], Place]:
+        """Where the recipes measure directions and nothing is known yet."""
+        found: dict[tuple[str, int], Place] = {}
+        for recipe in recipes if self._given is None else ():
+            # A recipe that asks for a place that is not there is told so by its trial.
+            with suppress(BakeError):
+                place = self._place(recipe)
+                found[place.site, place.back] = place
+        return {key: place for key, place in found.items() if key not in self._samples}
+
+    def _place(self, recipe: Recipe) -> Place:
+        choice = recipe.fit
+        layers = range(self._depth)
+        return place_of(self._model, self._base, layers, choice.site, choice.positions.direction)
 
     @property
     def held(self) -> int:
@@ -209,8 +238,7 @@ class Captured:
         key = hashed([choice.site, choice.positions.direction, weights])
         if key not in self._evidence:
             layers = range(self._depth)
-            token = choice.positions.direction
-            place = place_of(self._model, self._base, layers, choice.site, token)
+            place = self._place(recipe)
             moments = {
                 role: {layer: _moments(found[layer], conversations[role]) for layer in layers}
                 for role, found in self._samples_at(place).items()
@@ -236,10 +264,13 @@ class Captured:
     def _samples_of(
         self, place: Place, shown: Sequence[Conversation], update: Callable[[int], None]
     ) -> dict[int, Tensor]:
-        rows = tuple(range(len(shown)))
-        taps = {layer: place.tap(layer, rows=rows) for layer in range(self._depth)}
+        taps = self._stream(place, shown)
         found = collect(self._model, shown, taps, progress=update, state="bare")
         return {layer: one.values for layer, one in found.items()}
+
+    def _stream(self, place: Place, shown: Sequence[Conversation]) -> dict[int, Tap]:
+        rows = tuple(range(len(shown)))
+        return {layer: place.tap(layer, rows=rows) for layer in range(self._depth)}
 
 
 def check_memory(recipe: str, widths: Iterable[int], base: Checkpoint) -> None:

@@ -18,7 +18,9 @@ from bake.errors import OutputError
 from bake.evaluate import Rate
 from bake.search.trial import Figures, Trial
 
-__all__ = ["Answered", "SearchJournal", "journal_path"]
+__all__ = ["VERSION", "Answered", "SearchJournal", "journal_path"]
+
+VERSION = 2  # of the lines, and of what decides how far a trial is looked at
 
 # Refusals by role of answers that were written in full.
 Answered = Mapping[str, Rate]
@@ -61,7 +63,8 @@ class SearchJournal:
     def begin(self, prompts: Mapping[str, Mapping[str, str]], base: Figures) -> None:
         """The first line: fingerprints of the prompts by role and split, and the base figures."""
         figures = {"refusals": dict(base.refusals), "kl": base.kl}
-        self._write({"format": "bake.search", "version": 1, "prompts": prompts, "base": figures})
+        begin = {"format": "bake.search", "version": VERSION}
+        self._write({**begin, "prompts": prompts, "base": figures})
 
     def add(self, trial: Trial) -> None:
         """A finished trial."""

@@ -83,7 +83,7 @@ def _try(bench: Bench, journal: SearchJournal, search: Search) -> None:
             update(before)
             while (number := len(journal.trials)) < search.trials:
                 values, point = drawn(recipe, journal.trials, number)
-                found = bench.trial(number, values, point)
+                found = bench.trial(number, values, point, journal.trials)
                 journal.add(found)
                 update(1)
                 if number == before:

@@ -25,9 +25,11 @@ def table(recipe: Recipe, journal: SearchJournal) -> str:
     for one in front(trials, recipe.guard):
         rows.append(_row(one, roles))
     failed = sum(one.figures is None for one in trials)
-    allowed = sum(one.allowed for one in trials)
+    stopped = sum(bool(one.stopped) for one in trials)
+    allowed = sum(one.allowed and not one.stopped for one in trials)
     lines = [
-        f"first token, {len(trials)} trials ({allowed} within the limits, {failed} without a fit):",
+        f"first token, {len(trials)} trials ({allowed} within the limits, {stopped} stopped early, "
+        f"{failed} without a fit):",
         aligned(rows),
     ]
     if journal.answered:

@@ -8,7 +8,17 @@ from bake.evaluate import limits
 from bake.recipe import Guard
 from bake.search.space import Point
 
-__all__ = ["DIGITS", "Figures", "Trial", "excess", "finalists", "front", "objectives"]
+__all__ = [
+    "DIGITS",
+    "Figures",
+    "Trial",
+    "behind_front",
+    "excess",
+    "finalists",
+    "front",
+    "objectives",
+    "violated",
+]
 
 # Decimals that a figure keeps: beyond them it is rounding, and no trial shall depend on that.
 DIGITS = 6
@@ -19,6 +29,7 @@ class Figures:
     """What the first token says: by role the mean P(refusal) in percent, and the divergence.
 
     `kl` is the mean KL(base || steered) of the first token of answers to general prompts, in nats.
+    Of a trial that was stopped there are the roles that were looked at.
     """
 
     refusals: Mapping[str, float]
@@ -30,7 +41,8 @@ class Trial:
     """A point by what the sampler drew and as a recipe takes it, with its figures.
 
     `excess` by role is how far refusals moved beyond the guard's limit, in points, and for `kl`
-    in nats: at most 0 is allowed. `failed` says why there are no figures.
+    in nats: at most 0 is allowed. `failed` says why there are no figures, and `stopped` why there
+    are no more of them.
     """
 
     number: int
@@ -39,6 +51,7 @@ class Trial:
     figures: Figures | None = None
     excess: Mapping[str, float] = field(default_factory=dict)
     failed: str = ""
+    stopped: str = ""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Trial":
@@ -57,9 +70,14 @@ class Trial:
 
     @property
     def violation(self) -> float:
-        """How far all limits are broken in sum, a nat counted as a point of percent as 100."""
-        scale = {"kl": 100.0}
-        return sum(max(0.0, one) * scale.get(role, 1.0) for role, one in self.excess.items())
+        """How far all limits are broken in sum (`violated`)."""
+        return violated(self.excess)
+
+
+def violated(excess: Mapping[str, float]) -> float:
+    """How far all limits are broken in sum, a nat counted as a point of percent as 100."""
+    scale = {"kl": 100.0}
+    return sum(max(0.0, one) * scale.get(role, 1.0) for role, one in excess.items())
 
 
 def excess(guard: Guard, kl_at_most: float, base: Figures, now: Figures) -> dict[str, float]:
@@ -71,15 +89,43 @@ def excess(guard: Guard, kl_at_most: float, base: Figures, now: Figures) -> dict
     found = {
         role: round(sign * (now.refusals[role] - base.refusals[role]) - limit, DIGITS)
         for role, _, limit, sign in limits(guard)
-        if role in base.refusals
+        if role in now.refusals
     }
     return {**found, "kl": round(now.kl - kl_at_most, DIGITS)}
 
 
 def objectives(guard: Guard, figures: Figures) -> tuple[float, float]:
-    """What is to become small: target refusals (or what is left to 100 %), and divergence."""
-    target = figures.refusals["target"]
-    return (100 - target if guard.target_at_least is not None else target), figures.kl
+    """What is to become small: target refusals (or what is left to 100 %), and divergence.
+
+    Of a trial that was stopped before its target was looked at, the worst.
+    """
+    up = guard.target_at_least is not None
+    target = figures.refusals.get("target", 0.0 if up else 100.0)
+    return (100 - target if up else target), figures.kl
+
+
+def behind_front(
+    guard: Guard, finished: Sequence[Trial], over: Mapping[str, float], so_far: Figures
+) -> str:
+    """Why a trial cannot come onto the front whatever its other roles give; empty where it can.
+
+    `over` is its `excess` so far. Nothing stops a trial before another one is allowed: what breaks
+    the limits least must be known until then.
+    """
+    nearest = front(finished, guard)
+    if not nearest:
+        return ""
+    for role, one in over.items():
+        if one > 0:
+            return f"the limit of {role}"
+    if "target" in so_far.refusals:
+        target, kl = objectives(guard, so_far)
+        for other in nearest:
+            assert other.figures is not None
+            best = objectives(guard, other.figures)
+            if best[0] <= target and best[1] <= kl:
+                return f"trial {other.number}"
+    return ""
 
 
 def front(trials: Sequence[Trial], guard: Guard) -> list[Trial]:
@@ -115,7 +161,8 @@ def finalists(trials: Sequence[Trial], guard: Guard, count: int) -> list[Trial]:
         found += _spread(nearest[best:], count - len(found))
         numbers = {one.number for one in nearest}
         left = [one for one in left if one.number not in numbers]
-    others = sorted((one for one in left if not one.allowed), key=lambda one: one.violation)
+    others = [one for one in left if not one.allowed]
+    others.sort(key=lambda one: (bool(one.stopped), one.violation))
     return found + others[: count - len(found)]
 
 
