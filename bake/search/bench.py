@@ -29,7 +29,7 @@ from bake.search.captured import Captured, check_memory
 from bake.search.journal import VERSION, Answered
 from bake.search.proxy import Proxy
 from bake.search.space import Corner, Point, corners, refused, with_point
-from bake.search.trial import Figures, Trial, behind_front, excess, front
+from bake.search.trial import Figures, Trial, behind_front, excess
 from bake.work import Work
 
 __all__ = ["Bench"]
@@ -210,7 +210,7 @@ class Bench:
             plan = self.plan(found)
             interventions = self.captured.interventions(found, plan)
             begin = lowest(plan)
-            if front(finished, guard):
+            if any(one.figures for one in finished):
                 figures = self.proxy.screened(interventions, begin, enough)
                 if stopped and figures:
                     why = f"{stopped}, by the last tokens alone"

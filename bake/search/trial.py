@@ -83,7 +83,8 @@ def violated(excess: Mapping[str, float]) -> float:
 def excess(guard: Guard, kl_at_most: float, base: Figures, now: Figures) -> dict[str, float]:
     """How far each limit is exceeded, below 0 where it is not.
 
-    Of the two on the divergence the lower counts: the recipe's guard may have one.
+    Of the two on the divergence the lower counts: the recipe's guard may have one. What the guard
+    asks of the target is a limit too: a front that is nowhere near it would be of no use.
     """
     kl_at_most = min(kl_at_most, guard.divergence_at_most or kl_at_most)
     found = {
@@ -91,6 +92,11 @@ def excess(guard: Guard, kl_at_most: float, base: Figures, now: Figures) -> dict
         for role, _, limit, sign in limits(guard)
         if role in now.refusals
     }
+    target = now.refusals.get("target")
+    if target is not None and guard.target_at_most is not None:
+        found["target"] = round(target - guard.target_at_most, DIGITS)
+    elif target is not None and guard.target_at_least is not None:
+        found["target"] = round(guard.target_at_least - target, DIGITS)
     return {**found, "kl": round(now.kl - kl_at_most, DIGITS)}
 
 
@@ -109,12 +115,14 @@ def behind_front(
 ) -> str:
     """Why a trial cannot come onto the front whatever its other roles give; empty where it can.
 
-    `over` is its `excess` so far. Nothing stops a trial before another one is allowed: what breaks
-    the limits least must be known until then.
+    `over` is its `excess` so far. As long as no trial is allowed, one is stopped that breaks the
+    limits more than the one that breaks them least.
     """
     nearest = front(finished, guard)
     if not nearest:
-        return ""
+        whole = [one for one in finished if one.figures is not None and not one.stopped]
+        least = min(whole, key=lambda one: one.violation, default=None)
+        return f"trial {least.number}" if least and violated(over) >= least.violation else ""
     for role, one in over.items():
         if one > 0:
             return f"the limit of {role}"
