@@ -9,10 +9,13 @@ from torch import Tensor
 
 from bake.activations import Conversation, Tap
 from bake.archs import ARCHS
+from bake.checkpoint import Checkpoint
+from bake.fit.kept import built_again
 from bake.fit.ordered import fit_in_order
 from bake.hooks import steered
 from bake.model import LiveModel
 from bake.ops.gate import Gate
+from bake.plan import make_plan
 from tests.test_fit import drawn
 from tests.through_disk import lost_through_disk, recipe_of
 from tests.word_fit import word_fit
@@ -158,3 +161,20 @@ def test_two_gates_on_one_writer_add_up(tiny_llama: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(written, wanted, atol=1e-5, rtol=1e-4)
     kept = [fitted.kept[f"edits.{number}.probe.{module}"] for number in (0, 1)]
     assert (kept[0] - kept[1]).norm() > 0.1 * kept[0].norm()
+
+
+def test_two_equal_edits_have_probes_of_their_own(tiny_llama: Path) -> None:
+    """The second one is fitted with the first in force; a folder has both."""
+    gate = {"op": "gate", "layers": [1, 2], "strength": -4.0, "sites": ["mlp"], "ordered": True}
+    recipe = recipe_of(gate, gate)
+    _, fitted = word_fit(tiny_llama, recipe)
+    modules = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
+    kept = [fitted.kept[f"edits.{number}.probe.{one}"] for number in (0, 1) for one in modules]
+    assert (kept[1] - kept[3]).norm() > 0.01 * kept[1].norm()
+    base, arch = Checkpoint.open(tiny_llama), ARCHS["llama"]
+    plan = make_plan(recipe, base, arch)
+    again = built_again(recipe, plan, base, arch, fitted.directions, fitted.kept)
+    for gates in (fitted.interventions, again):
+        for one, probe in zip(gates, kept, strict=True):
+            assert isinstance(one, Gate)
+            torch.testing.assert_close(one.probe, probe, rtol=0, atol=0)

@@ -9,6 +9,7 @@ inserted blocks carry them, there is nothing beside them and no file.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -86,24 +87,25 @@ def built_again(
     Raises ManifestError where the plan needs what is not there.
     """
 
-    def probe(module: str, spec: Gate) -> Tensor:
-        return kept[probe_key(recipe.edits.index(spec), module)]
+    def probe(number: int, module: str, spec: Gate) -> Tensor:
+        return kept[probe_key(number, module)]
 
-    def ramps(layer: int, spec: Gate) -> Tensor:
-        return kept[ramp_key(recipe.edits.index(spec), layer)]
+    def ramps(number: int, layer: int, spec: Gate) -> Tensor:
+        return kept[ramp_key(number, layer)]
 
     means = {
         int(name.removeprefix("mean.")): tensor
         for name, tensor in kept.items()
         if name.startswith("mean.")
     }
-    measured = Measured(directions.vectors, probe, base, means, ramps)
     found: list[Intervention] = []
     try:
-        for spec, step in zip(recipe.edits, plan.steps, strict=True):
+        for number, (spec, step) in enumerate(zip(recipe.edits, plan.steps, strict=True)):
+            own = partial(probe, number), base, means, partial(ramps, number)
+            measured = Measured(directions.vectors, *own)
             for one in OPERATORS[spec.op].build(spec, step, measured, arch):
                 if isinstance(one, Add) and one.carried.carrier == "ridge":
-                    one = replace(one, readout=kept[readout_key(recipe.edits.index(spec))])
+                    one = replace(one, readout=kept[readout_key(number)])
                 found.append(one)
     except KeyError as error:
         raise ManifestError(

@@ -7,6 +7,7 @@ where a gate decides.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -62,8 +63,8 @@ __all__ = [
     "weighed_roles",
 ]
 
-# Fits an edit's ordered gates, of a step of the plan, with what is in force before it.
-InOrder: TypeAlias = Callable[[Gate, Step, Sequence[Intervention]], None]
+# Fits the ordered gates of an edit, by its number, with what is in force before it.
+InOrder: TypeAlias = Callable[[int, Gate, Step, Sequence[Intervention]], None]
 
 MINIMUM = 8
 PASSAGE_TOKENS = 96
@@ -139,8 +140,8 @@ def fit(
     kept = {key: tensor for one in given.values() for key, tensor in one.kept.items()}
     errors: dict[str, Constant] = {}
 
-    def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
-        gates = ordered_gates(spec, step, measured, model.arch)
+    def in_order(number: int, spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
+        gates = ordered_gates(spec, step, measured(number), model.arch)
         taps = probes(model, plan, [gate.module for _, gate in gates])
         found = fit_in_order(
             *(model, gates, taps, weighed, spec.heights, spec.ridge, in_force, progress),
@@ -148,10 +149,10 @@ def fit(
         )
         for module, one in found.items():
             openings[module] = dict(one.openings)
-            kept[probe_key(recipe.edits.index(spec), module)] = one.probe.float()
+            kept[probe_key(number, module)] = one.probe.float()
 
-    def probe(module: str, spec: Gate) -> Tensor:
-        key = probe_key(recipe.edits.index(spec), module)
+    def probe(number: int, module: str, spec: Gate) -> Tensor:
+        key = probe_key(number, module)
         if not spec.ordered and spec.probes is None:
             found = _readout(moments, module, spec)
             kept[key] = found.float()
@@ -180,18 +181,22 @@ def fit(
             kept[ramp_key(number, layer)], openings[name] = ramps_of(gate, behind)
             errors[name] = behind.error
 
-    def ramps(layer: int, spec: Gate) -> Tensor:
-        return kept[ramp_key(recipe.edits.index(spec), layer)]
+    def ramps(number: int, layer: int, spec: Gate) -> Tensor:
+        return kept[ramp_key(number, layer)]
 
-    measured = Measured(used.vectors, probe, base, means, ramps)
-    edits = built(recipe, plan, measured, model.arch, in_order)
+    def measured(number: int) -> Measured:
+        found = partial(probe, number), base, means, partial(ramps, number)
+        return Measured(used.vectors, *found)
+
+    numbered = built(recipe, plan, measured, model.arch, in_order)
+    edits = [(recipe.edits[number], one) for number, one in numbered]
     ridge = any(edit.carrier == "ridge" for edit in plan.edits)
     chats = [one for role, found in conversations.items() for one in found if role != "text"]
     general = [chats, conversations["text"], own_text(model)] if ridge else []
     interventions, constants = with_constants(model, edits, general, passages(model, texts.test))
-    for (spec, _), one in zip(edits, interventions, strict=True):
+    for (number, _), one in zip(numbered, interventions, strict=True):
         if isinstance(one, Add) and one.readout is not None:
-            kept[readout_key(recipe.edits.index(spec))] = one.readout
+            kept[readout_key(number)] = one.readout
     if any(spec.op == "ablate" and READ_MEANS & set(spec.variant) for spec in recipe.edits):
         kept |= {mean_key(layer): mean for layer, mean in means.items()}
     records = {role: recorded(one) for role, one in labels.items()}
@@ -270,17 +275,23 @@ def needs_prompts(
 
 
 def built(
-    recipe: Recipe, plan: Plan, measured: Measured, arch: Arch, in_order: InOrder
-) -> list[tuple[Any, Intervention]]:
-    """Every intervention of the plan, in its order, with the recipe's edit that it comes from.
+    recipe: Recipe,
+    plan: Plan,
+    measured: Callable[[int], Measured],
+    arch: Arch,
+    in_order: InOrder,
+) -> list[tuple[int, Intervention]]:
+    """Every intervention of the plan, in its order, with the number of the edit it comes from.
 
-    `in_order` fits the probes of an edit's ordered gates, with the interventions before it.
+    `measured` has what is known of an edit, by its number: two that are equal are two. `in_order`
+    fits the probes of an edit's ordered gates, with the interventions before it.
     """
-    found: list[tuple[Any, Intervention]] = []
-    for spec, step in zip(recipe.edits, plan.steps, strict=True):
+    found: list[tuple[int, Intervention]] = []
+    for number, (spec, step) in enumerate(zip(recipe.edits, plan.steps, strict=True)):
         if isinstance(spec, Gate) and spec.ordered:
-            in_order(spec, step, [one for _, one in found])
-        found += [(spec, one) for one in OPERATORS[spec.op].build(spec, step, measured, arch)]
+            in_order(number, spec, step, [one for _, one in found])
+        interventions = OPERATORS[spec.op].build(spec, step, measured(number), arch)
+        found += [(number, one) for one in interventions]
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,31 +115,31 @@ class Captured:
 
         found: dict[tuple[int, str], Tensor] = {}
 
-        def in_order(spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
-            gates = ordered_gates(spec, step, measured, self._model.arch)
+        def in_order(number: int, spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
+            gates = ordered_gates(spec, step, measured(number), self._model.arch)
             taps = probes(self._model, plan, [gate.module for _, gate in gates])
             fitted = fit_in_order(
                 *(self._model, gates, taps, self._weighed, spec.heights, spec.ridge, in_force)
             )
-            number = recipe.edits.index(spec)
             found.update({(number, module): one.probe for module, one in fitted.items()})
 
-        def probe(module: str, spec: Gate) -> Tensor:
+        def probe(number: int, module: str, spec: Gate) -> Tensor:
             if spec.probes is not None:
-                return kept[probe_key(recipe.edits.index(spec), module)]
+                return kept[probe_key(number, module)]
             if spec.ordered:
-                return found[recipe.edits.index(spec), module]
+                return found[number, module]
             return self._inputs[module].probe(spec.heights, spec.ridge)
 
-        def ramps(layer: int, spec: Gate) -> Tensor:
-            number = recipe.edits.index(spec)
+        def ramps(number: int, layer: int, spec: Gate) -> Tensor:
             key = ramp_key(number, layer)
             if key in kept:
                 return kept[key]
             conditions = given[number].conditions if number in given else {}
             return ramps_of(spec, self._readings_of(spec, vectors, conditions)[layer])[0]
 
-        measured = Measured(vectors, probe, self._base, means, ramps)
+        def measured(number: int) -> Measured:
+            return Measured(vectors, partial(probe, number), self._base, means, partial(ramps, number))
+
         return tuple(one for _, one in built(recipe, plan, measured, self._model.arch, in_order))
 
     @property
