@@ -138,7 +138,8 @@ class Captured:
             return ramps_of(spec, self._readings_of(spec, vectors, conditions)[layer])[0]
 
         def measured(number: int) -> Measured:
-            return Measured(vectors, partial(probe, number), self._base, means, partial(ramps, number))
+            solved = partial(probe, number), self._base, means, partial(ramps, number)
+            return Measured(vectors, *solved)
 
         return tuple(one for _, one in built(recipe, plan, measured, self._model.arch, in_order))
 
