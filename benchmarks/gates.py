@@ -135,7 +135,7 @@ class Asked:
         self.model, self._openings = model, openings
         self._roles = [role for role, chosen in prompts.items() for _ in chosen]
         self._sequences = [model.render(one.text) for found in prompts.values() for one in found]
-        self._behind = Behind(model, self._sequences, kept)
+        self._behind = Behind(model, [self._sequences], kept)
         self._clean = _by_row(self._behind.clean)
         self._known: dict[tuple[Way, float], dict[str, float]] = {}
 

@@ -73,7 +73,7 @@ def _of_fit(
             for key, value in vars(edit).items():
                 if isinstance(value, Tensor):
                     yield f"{name} {tensor} {number} {key}", value
-    behind = Behind(model, PROMPTS, [0])
+    behind = Behind(model, [PROMPTS], [0])
     with steered(model, hooks):
         yield f"{name} logits", model.logits(BATCH)
         for rows, logits in behind.last(-1):

@@ -14,6 +14,7 @@ from bake.checkpoint import Checkpoint
 from bake.demo import Demo
 from bake.directions import load_directions
 from bake.errors import GuardError, VerificationError
+from bake.evidence.shown import Beside
 from bake.gguf_file import GGUFFile
 from bake.html.files import report_to_file
 from bake.llama import LlamaModel
@@ -123,7 +124,7 @@ def test_the_folder_has_everything_and_the_manifest_its_hashes(baked: Path) -> N
 
 
 def test_the_report_is_drawn_from_the_folder_alone(baked: Path, tmp_path: Path) -> None:
-    report_to_file(baked, tmp_path / "report.html", figures=tmp_path / "figures")
+    report_to_file(baked, tmp_path / "report.html", Beside(), figures=tmp_path / "figures")
     assert (tmp_path / "report.html").read_bytes() == (baked / "report.html").read_bytes()
     assert files(tmp_path / "figures") == files(baked / "figures")
     measured = json.loads((baked / "bake.json").read_text())["measured"]

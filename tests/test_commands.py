@@ -78,7 +78,8 @@ def test_a_shell_completes_commands_and_recipes() -> None:
         return done.stdout.split()
 
     assert completed("bake repr", 1) == ["plain,reproduce"]
-    assert completed("bake plan --recipe pol", 3) == ["file,pol", "plain,political-open"]
+    found = ["file,pol", "plain,political-open-block", "plain,political-open"]
+    assert completed("bake plan --recipe pol", 3) == found
 
 
 def test_three_ways_in(tmp_path: Path) -> None:
@@ -93,6 +94,7 @@ def test_the_shipped_recipes_are_listed(bake: Run) -> None:
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == [
         "fewer-overrefusals.yaml",
+        "political-open-block.yaml",
         "political-open.yaml",
         "refuse-topic.yaml",
     ]

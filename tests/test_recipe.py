@@ -586,6 +586,7 @@ def test_an_override_equals_the_same_value_in_the_file(key: str, value: float) -
 def test_the_shipped_recipes() -> None:
     assert [recipe.name for recipe in shipped_recipes()] == [
         "fewer-overrefusals",
+        "political-open-block",
         "political-open",
         "refuse-topic",
     ]

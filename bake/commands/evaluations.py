@@ -21,7 +21,12 @@ __all__ = ["eval_command"]
     type=click.Choice(["transformers", "llama.cpp"]),
     help="Without it a .gguf runs in llama.cpp, all else in transformers.",
 )
-@click.option("--sets", metavar="SET,...", help="Roles, built-in sets or files, in place of all.")
+@click.option(
+    "--sets",
+    metavar="SET,...",
+    multiple=True,
+    help="Roles, built-in sets or files, in place of all.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Prompts at most of each set and language.")
 @click.option(
     "--tokens",
@@ -51,7 +56,7 @@ def eval_command(
     server: str | None,
     key: str | None,
     runtime: Literal["transformers", "llama.cpp"] | None,
-    sets: str | None,
+    sets: tuple[str, ...],
     limit: int | None,
     tokens: int,
     thinking: tuple[str, ...],
@@ -95,7 +100,7 @@ def eval_command(
     if given.hooks and runtime == "llama.cpp":
         raise click.UsageError("a recipe's hooks run in transformers; give a model to llama.cpp")
     wanted = Wanted(
-        *(listed(sets), limit, tokens),
+        *(listed(",".join(sets)), limit, tokens),
         thinking=tuple(one == "on" for one in dict.fromkeys(thinking)),
         fresh=fresh,
         tasks=listed(tasks),
