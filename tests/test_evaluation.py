@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from bake.archs import find_arch
 from bake.card import check_card
+from bake.card.evaluation import evaluation_section
 from bake.checkpoint import Checkpoint
 from bake.demo import Demo
 from bake.directions import Directions, save_directions
@@ -25,6 +26,8 @@ from bake.evaluation.answers import answered
 from bake.evaluation.quality import INSTRUCTION as QUALITY
 from bake.evaluation.subject import Manner
 from bake.evidence import Beside
+from bake.evidence.evaluation import Evaluation
+from bake.evidence.reading import parsed
 from bake.export.gguf import patch
 from bake.gguf_file import GGUFFile
 from bake.hub import prepare_push
@@ -213,6 +216,10 @@ def test_a_language_model_judges_what_is_wrong_with_the_answers(
         assert quality["errors"]["content"] == total - refused
     assert "errors in what is answered" in said
     assert "not measured" not in said
+    card = "\n".join(evaluation_section(parsed(Evaluation, found, output)))
+    assert "| answers with an error of |  | content | logic | appropriateness | none |" in card
+    row = " | ".join(f"{count} of {total - refused}" for count in (total - refused, 0, 0, 0))
+    assert f"| target | after | {row} |" in card
 
 
 def test_what_was_answered_is_not_asked_again(evaluate: Eval, tmp_path: Path) -> None:

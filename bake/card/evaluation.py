@@ -1,6 +1,7 @@
 """What a card says of a file of `bake eval`: its section, and results for the front matter."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
@@ -9,7 +10,7 @@ from huggingface_hub import EvalResult
 from bake.card.words import JUDGES, table, with_interval
 from bake.evaluation.facts import Facts
 from bake.evidence import Evaluation
-from bake.evidence.evaluation import Asked, Checked, Metric
+from bake.evidence.evaluation import Asked, Checked, Metric, Weighed
 
 __all__ = ["evaluation_results", "evaluation_section"]
 
@@ -85,6 +86,9 @@ def evaluation_section(found: Evaluation) -> Iterator[str]:
     yield table([("set", "refused before", "refused after"), *map(_refusals, found.sets)])
     if found.facts:
         yield table([("facts with known answers", "before", "after"), *map(_facts, found.facts)])
+    if found.quality:
+        head = ("answers with an error of", "", *found.quality[0].after.errors, "none")
+        yield table([head, *chain.from_iterable(map(_errors, found.quality))])
     if found.capability:
         metrics = [
             (f"{task}, {name}", _metric(one.before), _metric(one.after))
@@ -117,6 +121,13 @@ def _facts(one: Checked) -> tuple[str, str, str]:
         for facts in (one.before, one.after)
     )
     return _named(one.set) + THINKING[one.thinking], before, after
+
+
+def _errors(one: Weighed) -> Iterator[tuple[str, ...]]:
+    for when, side in (("before", one.before), ("after", one.after)):
+        if side:
+            counts = (*side.errors.values(), side.sound)
+            yield _named(one.set), when, *(f"{count} of {side.read}" for count in counts)
 
 
 def _metric(one: Metric | None) -> str:
