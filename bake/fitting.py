@@ -25,7 +25,7 @@ from bake.prepare import Prepared, base_hashes, check_trust, loaded_model, prepa
 from bake.progress import note, progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe
-from bake.recipe_values import BY_GRADIENT, SEVERAL
+from bake.recipe.values import BY_GRADIENT, SEVERAL
 from bake.staging import check_file, staged_file
 from bake.work import Work
 

@@ -36,7 +36,7 @@ from bake.ops import OPERATORS, Measured
 from bake.plan import direction_layers
 from bake.prepare import Prepared, prepare
 from bake.recipe import Gate, load_recipe
-from bake.recipe_values import Estimator
+from bake.recipe.values import Estimator
 from bake.verify import divergence
 from bake.work import Work
 from benchmarks.carriers import Row, printed

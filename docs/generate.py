@@ -12,7 +12,7 @@ from typing import Any
 
 from bake.arch import Arch, Block
 from bake.archs import ARCHS
-from bake.recipe_json import recipe_json_schema
+from bake.recipe.json_schema import recipe_json_schema
 
 ROOT = Path(__file__).parent.parent
 RUNTIMES = ("transformers", "llama.cpp", "ollama", "vllm", "sglang", "mlx")

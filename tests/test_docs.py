@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from bake.archs import ARCHS
-from bake.recipe_json import recipe_json_schema
-from bake.recipe_schema import Recipe
+from bake.recipe.json_schema import recipe_json_schema
+from bake.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
 

@@ -28,7 +28,7 @@ from bake.fit.samples import Samples
 from bake.fit.scores import Observed, area_under_curve, held_out, held_out_readings, pearson
 from bake.fit.spread import bootstrap_cosine
 from bake.recipe import Fit
-from bake.recipe_values import Estimator
+from bake.recipe.values import Estimator
 
 SEEDS = st.integers(0, 2**31)
 NAMES = sorted(ESTIMATORS)

@@ -22,7 +22,7 @@ from bake.gguf_file import GGUFFile
 from bake.imatrix import Importance, write_importance
 from bake.llama import LlamaModel, _backend_log
 from bake.model import LiveModel
-from bake.recipe_values import FILE_TYPES, TENSOR_TYPES
+from bake.recipe.values import FILE_TYPES, TENSOR_TYPES
 from tests.tiny import write_tiny
 from tests.tiny_gguf import write_tiny_gguf
 

@@ -25,7 +25,7 @@ from bake.recipe import (
     restore_recipe,
     shipped_recipes,
 )
-from bake.recipe_yaml import parse
+from bake.recipe.yaml import parse
 
 GOOD = """\
 # A recipe.

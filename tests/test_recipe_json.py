@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 
 from bake.errors import RecipeError
 from bake.recipe import load_recipe, shipped_recipes
-from bake.recipe_json import recipe_json_schema
+from bake.recipe.json_schema import recipe_json_schema
 from tests.conftest import Run
 
 

@@ -92,6 +92,6 @@ def schema_command() -> None:
     """Print the JSON Schema of recipes, with which editors complete and check them."""
     import json
 
-    from bake.recipe_json import recipe_json_schema
+    from bake.recipe.json_schema import recipe_json_schema
 
     click.echo(json.dumps(recipe_json_schema(), indent=2, ensure_ascii=False))

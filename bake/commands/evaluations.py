@@ -116,7 +116,7 @@ def eval_command(
 def _check_url(url: str) -> None:
     from pydantic import TypeAdapter, ValidationError
 
-    from bake.recipe_values import Url
+    from bake.recipe.values import Url
 
     if "@" in url.partition("://")[2].partition("/")[0]:  # which no message may repeat
         raise click.UsageError(

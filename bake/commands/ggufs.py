@@ -44,7 +44,7 @@ def convert_command(
 
     from bake.export.conversion import convert_to_file
     from bake.recipe import Conversion
-    from bake.recipe_errors import explain
+    from bake.recipe.errors import explain
 
     if not kind or not output:
         raise click.UsageError("--type and --output are needed")

@@ -97,7 +97,7 @@ def layers_of(text: str | None) -> tuple[int, ...] | None:
     """The layers that `--layers` names."""
     from pydantic import TypeAdapter, ValidationError
 
-    from bake.recipe_values import Layers
+    from bake.recipe.values import Layers
 
     if text is None:
         return None

@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 
 from bake.directions.value import MAX_WIDTH, Directions, Origin, Unplaced, shown, stacked
 from bake.errors import DirectionsError
-from bake.recipe_values import HIGHEST_LAYER
+from bake.recipe.values import HIGHEST_LAYER
 
 __all__ = ["check_array", "read_numpy"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bake.errors import DirectionsError
-from bake.recipe_values import HIGHEST_BASIS, HIGHEST_LAYER
+from bake.recipe.values import HIGHEST_BASIS, HIGHEST_LAYER
 
 __all__ = [
     "FIGURES",

@@ -37,7 +37,7 @@ _BUFFER: Final = 1 << 30
 class Quantisation:
     """What llama-quantize is asked for.
 
-    `type` is of `recipe_values.FILE_TYPES`; `tensor_types` are regular expressions of tensor
+    `type` is of `bake.recipe.values.FILE_TYPES`; `tensor_types` are regular expressions of tensor
     names with their type, of which the first that is found in a name counts. `file_type` is
     what the metadata says where that is another than `type`.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from bake.errors import RecipeError
 from bake.recipe import Recipe
-from bake.search.schema import Parameter
+from bake.recipe.search import Parameter
 from bake.search.space import Point, spaces, value_of
 from bake.search.trial import Trial, objectives
 

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from bake.errors import RecipeError
 from bake.recipe import LoadedRecipe, Recipe
-from bake.recipe_errors import explain
-from bake.recipe_yaml import parse, with_value
-from bake.search.schema import Parameter
+from bake.recipe.errors import explain
+from bake.recipe.search import Parameter
+from bake.recipe.yaml import parse, with_value
 
 __all__ = ["Corner", "Point", "corners", "plain_values", "spaces", "value_of", "with_point"]
 

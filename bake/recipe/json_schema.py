@@ -5,7 +5,7 @@ It says what each key takes. What keys say of each other only `load_recipe` chec
 
 from typing import Any
 
-from bake.recipe_schema import Recipe
+from bake.recipe.schema import Recipe
 
 __all__ = ["recipe_json_schema"]
 

@@ -6,9 +6,9 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from bake.recipe_errors import ContradictionError
-from bake.recipe_section import Section as _Section
-from bake.recipe_values import FLOATS, FileType, PartSize, TensorType, Text
+from bake.recipe.errors import ContradictionError
+from bake.recipe.section import Section
+from bake.recipe.values import FLOATS, FileType, PartSize, TensorType, Text
 
 __all__ = ["Conversion", "EditedTypeName", "Export", "GGUFExport"]
 
@@ -35,7 +35,7 @@ EditedTypeName = Literal[
 ]
 
 
-class Conversion(_Section):
+class Conversion(Section):
     """A GGUF of the baked checkpoint by llama.cpp's converter; a bare type stands for it.
 
     The keys are the options of llama-quantize.
@@ -100,7 +100,7 @@ class Conversion(_Section):
 _TYPED = ("tensor_types", "output_tensor_type", "token_embedding_type")
 
 
-class GGUFExport(_Section):
+class GGUFExport(Section):
     """A GGUF file, written by patching one of the same model, or by converting the checkpoint."""
 
     base: Text | None = Field(
@@ -172,7 +172,7 @@ class GGUFExport(_Section):
         return self
 
 
-class Export(_Section):
+class Export(Section):
     """What is written."""
 
     safetensors: bool = Field(

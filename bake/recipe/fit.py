@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bake.recipe_section import Section as _Section
-from bake.recipe_values import (
+from bake.recipe.section import Section
+from bake.recipe.values import (
     BY_GRADIENT,
     Basis,
     Count,
@@ -18,7 +18,7 @@ from bake.recipe_values import (
 __all__ = ["Answers", "Fit", "Positions"]
 
 
-class Positions(_Section):
+class Positions(Section):
     """How many tokens of each chat the activations are taken from."""
 
     template: int = Field(
@@ -33,7 +33,7 @@ class Positions(_Section):
     )
 
 
-class Answers(_Section):
+class Answers(Section):
     """The base model's own answers, from which a prompt's class comes."""
 
     samples: int = Field(
@@ -49,7 +49,7 @@ class Answers(_Section):
     tokens: Count = Field(default=16, description="Tokens at most in an answer.")
 
 
-class Fit(_Section):
+class Fit(Section):
     """How the direction of refusal is estimated."""
 
     estimator: Estimator = Field(

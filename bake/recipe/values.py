@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from bake.prompts import builtin_sets
 from bake.prompts.rows import HUB, SUFFIXES
-from bake.recipe_errors import near
+from bake.recipe.errors import near
 
 __all__ = [
     "BY_GRADIENT",

@@ -8,9 +8,9 @@ from pydantic import AfterValidator, Field, GetJsonSchemaHandler, model_validato
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from bake.recipe_errors import ContradictionError, near
-from bake.recipe_section import Section
-from bake.recipe_values import Count, Layer
+from bake.recipe.errors import ContradictionError, near
+from bake.recipe.section import Section
+from bake.recipe.values import Count, Layer
 
 __all__ = ["Parameter", "Search"]
 

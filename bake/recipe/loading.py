@@ -1,8 +1,4 @@
-"""A recipe: what to steer, in which model, how, and what may not change.
-
-A recipe is a YAML file. It is read into frozen values (`recipe_schema`); unknown keys are
-errors, and all errors are reported at once as `file:line:column: path: message`.
-"""
+"""A recipe's file: found, read, changed by options, and every mistake with its place."""
 
 import hashlib
 import json
@@ -14,56 +10,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from bake.errors import RecipeError
-from bake.recipe_errors import explain, near
-from bake.recipe_schema import (
-    Ablate,
-    Add,
-    Answers,
-    Conversion,
-    Evaluation,
-    Export,
-    Fit,
-    Gate,
-    GGUFExport,
-    Guard,
-    JudgeChoice,
-    Kernel,
-    Positions,
-    PromptRoles,
-    PromptSet,
-    PromptSource,
-    Recipe,
-    Search,
-    Verification,
-)
-from bake.recipe_yaml import Document, Problem, parse, with_value
+from bake.recipe.errors import explain, near
+from bake.recipe.schema import Recipe
+from bake.recipe.yaml import Document, Problem, parse, with_value
 
-__all__ = [
-    "Ablate",
-    "Add",
-    "Answers",
-    "Conversion",
-    "Evaluation",
-    "Export",
-    "Fit",
-    "GGUFExport",
-    "Gate",
-    "Guard",
-    "JudgeChoice",
-    "Kernel",
-    "LoadedRecipe",
-    "Positions",
-    "PromptRoles",
-    "PromptSet",
-    "PromptSource",
-    "Recipe",
-    "Search",
-    "ShippedRecipe",
-    "Verification",
-    "load_recipe",
-    "restore_recipe",
-    "shipped_recipes",
-]
+__all__ = ["LoadedRecipe", "ShippedRecipe", "load_recipe", "restore_recipe", "shipped_recipes"]
 
 Location = tuple[str | int, ...]
 
@@ -280,7 +231,7 @@ def _text(path: Path, label: str) -> str:
 
 def _shipped_folder() -> Path:
     """In a wheel the recipes lie inside the package; in a checkout, beside it."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
