@@ -1,5 +1,8 @@
 """Tensors by blocks of rows: what one block would give, whatever the threads."""
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -150,3 +153,34 @@ def test_the_bytes_are_the_same_for_any_number_of_threads(
             assert set(pool.each(lambda _: torch.get_num_threads(), range(9))) == {1}
     assert found[0] == found[1] == found[2]
     assert figures[0] == figures[1] == figures[2]
+
+
+# Of glibc's `struct mallinfo2`: what lies in heaps, and in maps of its own.
+FREED = """
+import ctypes
+from bake.blocks import workers
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.mallinfo2.restype = Info
+with workers():
+    before = libc.mallinfo2()
+    block = libc.malloc(ctypes.c_size_t(1 << 24))
+    taken = libc.mallinfo2()
+    libc.free(block)
+    freed = libc.mallinfo2()
+assert taken.hblkhd == before.hblkhd, "mapped"
+assert taken.arena >= 1 << 24, "not measured"
+assert freed.arena == taken.arena, "given back"
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's alone")
+def test_what_is_freed_stays() -> None:
+    """A block of 16 MiB is neither mapped by itself nor given back to the system."""
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
