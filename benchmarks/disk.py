@@ -18,6 +18,8 @@ edited.
 """
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import shutil
@@ -344,6 +346,8 @@ def _by_bake(
     from bake.stream import write_checkpoint
     from bake.verify import check_files
 
+    # As `bake.commands.main`.
+    atexit.register(gc.freeze)
     started = time.perf_counter()
     base = Checkpoint.open(source)
     arch = find_arch(base.config, str(source), base.tensors)

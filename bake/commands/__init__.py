@@ -3,7 +3,9 @@
 A module has the commands of one subject; importing them here hangs them on `cli`.
 """
 
+import atexit
 import errno
+import gc
 import os
 import sys
 from typing import Final
@@ -33,6 +35,9 @@ def main() -> None:
     # Threads that spin while they wait starve each other on shared cores; this must be
     # set before torch or llama.cpp start theirs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # The end of the process is the end of all that is left; looking through it for cycles would
+    # take a third as long as importing torch did.
+    atexit.register(gc.freeze)
     try:
         status = cli.main(standalone_mode=False)
     except BakeError as error:
