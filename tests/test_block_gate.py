@@ -17,7 +17,7 @@ from bake.activations import Conversation
 from bake.carriers.blank import blank_block
 from bake.errors import ArchitectureError, FitError, ManifestError
 from bake.export.layout import patch_gguf
-from bake.fit.kept import built_again, ramp_key
+from bake.fit.kept import built_again, opening_key, ramp_key
 from bake.fit.ramp import (
     BINS,
     FOLDS,
@@ -256,7 +256,8 @@ def test_a_fit_is_built_again_from_what_it_kept(tmp_path: Path) -> None:
     found = fit(model, base, plan, recipe, prompts, texts, judge)
     assert set(found.kept) == {ramp_key(0, 0), ramp_key(0, 2)}
     assert found.kept[ramp_key(0, 0)].shape == (3, 32)
-    assert set(found.openings) == set(found.constants) == {"model.layers.0", "model.layers.2"}
+    assert set(found.constants) == {"model.layers.0", "model.layers.2"}
+    assert set(found.openings) == {opening_key(0, name) for name in found.constants}
     # Behind the second block no probe sees what the first one writes.
     first, second = (found.kept[ramp_key(0, layer)] for layer in (0, 2))
     steering = found.directions.vectors[0]

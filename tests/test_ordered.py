@@ -161,6 +161,10 @@ def test_two_gates_on_one_writer_add_up(tiny_llama: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(written, wanted, atol=1e-5, rtol=1e-4)
     kept = [fitted.kept[f"edits.{number}.probe.{module}"] for number in (0, 1)]
     assert (kept[0] - kept[1]).norm() > 0.1 * kept[0].norm()
+    # Each is shown: the second one's heights are others.
+    opened = [fitted.openings[f"edits.{number}.{module}"] for number in (0, 1)]
+    assert abs(opened[0]["protected"]) < 0.5 < opened[1]["protected"]
+    assert len(fitted.openings) == 5
 
 
 def test_two_equal_edits_have_probes_of_their_own(tiny_llama: Path) -> None:

@@ -62,7 +62,10 @@ MANIFEST: dict[str, Any] = {
         "gaps": {"3": 12.5},
         "figures": {"3": {"auc": 0.98, "spread": 0.9}},
         "readings": {"low": -1, "high": 2, "layers": {"3": {key: [0, 3, 1] for key in ROLES}}},
-        "openings": {"model.layers.3.mlp.down_proj": {"target": 0.9, "general": 0.01}},
+        "openings": {
+            "edits.0.model.layers.3.mlp.down_proj": {"target": 0.9, "general": 0.01},
+            "edits.1.model.layers.3.mlp.down_proj": {"target": 0.876, "general": 0.02},
+        },
     },
     "residuals": {"model.layers.3.mlp.down_proj.weight": 2e-6},
     "gguf": [
@@ -228,6 +231,8 @@ def test_everything_that_the_evidence_has_is_shown(bake: Run, place: Path) -> No
         "logits compared, lost share 4.0e-02",
         "not run; by what is known of vLLM 0, it reads; </script>",
         "has nothing to serve: no safetensors is written",
+        # Of two gates on one module, both.
+        *("edits.0.model.layers.3.mlp.down_proj", "edits.1.model.layers.3.mlp.down_proj", "0.876"),
     ):
         assert words in text
     assert "pip install torch==2.13.0\n" in text

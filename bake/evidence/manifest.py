@@ -72,7 +72,7 @@ class Readings(Read):
 
 
 class Fit(Read):
-    """Figures of the directions by layer, and what gates read by module and role."""
+    """Figures of the directions by layer, and what gates read by edit and module, and role."""
 
     gaps: dict[Layer, float]
     figures: dict[Layer, dict[str, float]]

@@ -29,6 +29,7 @@ from bake.recipe import Gate, Recipe
 __all__ = [
     "built_again",
     "mean_key",
+    "opening_key",
     "probe_key",
     "ramp_key",
     "read_kept",
@@ -40,6 +41,11 @@ __all__ = [
 def probe_key(number: int, module: str) -> str:
     """The name of a gate's probe."""
     return f"edits.{number}.probe.{module}"
+
+
+def opening_key(number: int, module: str) -> str:
+    """The name of what a gate reads or opens at a module; several may read the same one."""
+    return f"edits.{number}.{module}"
 
 
 def readout_key(number: int) -> str:

@@ -25,7 +25,7 @@ from bake.fit.doubt import with_doubts
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.given import GivenProbes, given_probes
-from bake.fit.kept import mean_key, probe_key, ramp_key, readout_key
+from bake.fit.kept import mean_key, opening_key, probe_key, ramp_key, readout_key
 from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.onward import Onward
 from bake.fit.ordered import fit_in_order
@@ -76,9 +76,9 @@ READ_MEANS = frozenset({"projected", "affine"})
 class Fitted:
     """The interventions in the plan's order, the directions used, and the figures of the fit.
 
-    `openings` is what each module's probe reads on average in every class: ideal is 1 on the
-    target and 0 elsewhere, but for protected prompts that a gate steers too; of a block gate, by
-    the block in front, it is what it opens, of topics left out. `constants` is how near those
+    `openings` is what each probe reads on average in every class, by `opening_key`: ideal is 1 on
+    the target and 0 elsewhere, but for protected prompts that a gate steers too; of a block gate,
+    by the block in front, it is what it opens, of topics left out. `constants` is how near those
     of ridge carriers and of block gates are to 1; `kept` what else the interventions were
     built from, as `bake.fit.kept` has it.
     """
@@ -148,7 +148,7 @@ def fit(
             begun={} if in_force else begun,
         )
         for module, one in found.items():
-            openings[module] = dict(one.openings)
+            openings[opening_key(number, module)] = dict(one.openings)
             kept[probe_key(number, module)] = one.probe.float()
 
     def probe(number: int, module: str, spec: Gate) -> Tensor:
@@ -156,7 +156,7 @@ def fit(
         if not spec.ordered and spec.probes is None:
             found = _readout(moments, module, spec)
             kept[key] = found.float()
-            openings[module] = {
+            openings[opening_key(number, module)] = {
                 role: float(found @ by_tap[module].mean) for role, by_tap in moments.items()
             }
         return kept[key]
@@ -178,8 +178,8 @@ def fit(
         )
         for layer, behind in reading.items():
             name = model.arch.layer.format(layer=layer)
-            kept[ramp_key(number, layer)], openings[name] = ramps_of(gate, behind)
-            errors[name] = behind.error
+            kept[ramp_key(number, layer)], opened = ramps_of(gate, behind)
+            openings[opening_key(number, name)], errors[name] = opened, behind.error
 
     def ramps(number: int, layer: int, spec: Gate) -> Tensor:
         return kept[ramp_key(number, layer)]
