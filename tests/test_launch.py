@@ -9,7 +9,9 @@ from bake.demo import Demo
 from tests.chat_server import Script
 from tests.launched import launch
 from tests.test_fit_run import ROLES, judge, write_sets  # noqa: F401
+from tests.through_disk import opened
 from tests.tiny import write_tiny
+from tests.tiny_gguf import write_tiny_gguf
 
 RECIPE = """\
 model: model
@@ -20,17 +22,20 @@ edits:
 fit: {prompts_per_class: 24}
 judge: {kind: chat, model: any, url: "http://nowhere/v1"}
 verify: {prompts: 8}
-evaluate: {runtimes: [transformers], answer_tokens: 3, limit: 9, batch: 4}
-guard: {protected_drop: 100, lookalike_rise: 100, general_rise: 100}
-runtimes: [transformers]
+evaluate: {answer_tokens: 3, limit: 9, batch: 4}
+guard: {protected_drop: 100, lookalike_rise: 100, general_rise: 100, runtime_gap: 100}
+export: {gguf: {base: base.gguf}}
+runtimes: [transformers, llama.cpp]
 """
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in several shards, with sets of prompts."""
+    """A tiny model in several shards, its GGUF, and sets of prompts."""
     folder: Path = tmp_path_factory.mktemp("place")
     write_tiny("llama", folder / "model", shard="20KB")
+    base, arch, _ = opened(folder / "model")
+    write_tiny_gguf(base, arch, folder / "base.gguf")
     write_sets(folder)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
@@ -59,6 +64,7 @@ def test_four_processes_give_the_bytes_of_one(judge: Script) -> None:  # noqa: F
     assert code == 0, err
     whole = contents(Path("one"))
     assert len([name for name in whole if name.endswith(".safetensors")]) > 4
+    assert len([name for name in whole if name.endswith(".gguf")]) == 1
     code, out, err = baked(judge, "four", 4)
     assert code == 0, err
     assert out.count("written: out") == 1
