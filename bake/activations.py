@@ -85,13 +85,13 @@ class Moments:
     The products of `second` are of float32: they are the cost of a gate's many tokens. Those
     of `covariance` are of float64, since the mean is taken off. `rows` are the numbers, in the
     caller's order, of the samples that stay themselves. The products are made and held on a
-    `device`.
+    `device`, where it has float64.
     """
 
     def __init__(
         self, keep: Keep = "mean", rows: Sequence[int] = (), device: torch.device = CPU
     ) -> None:
-        self.keep, self._device = keep, device
+        self.keep, self._device = keep, _with_float64(device)
         self.rows = tuple(rows)
         self._places = {row: place for place, row in enumerate(self.rows)}
         self._weight = torch.zeros((), dtype=torch.float64)
@@ -176,6 +176,15 @@ class Moments:
     def values(self) -> Tensor:
         """The samples of `rows` [n, d], float32."""
         return self._kept
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """The device, or the processor where it has no float64, as mps."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except TypeError:
+        return CPU
+    return device
 
 
 def collect(

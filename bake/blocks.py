@@ -2,7 +2,8 @@
 
 A block and the order of sums depend on the shape alone, and one thread does all of a block's
 arithmetic, so the numbers are the same for any number of threads. There is one thread more than
-torch has, so that one reads or writes while the others compute.
+torch has, so that one reads or writes while the others compute. On another device a thread moves a
+block there, computes, and moves back what is written: it holds one block of it at a time.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bake.checkpoint import DTYPES, FP8, TensorInfo, read_tensor
+from bake.device import CPU
 from bake.edits import CreatedTensor
 from bake.errors import CheckpointError
 from bake.quantised import scale_by_row, scaled
@@ -38,10 +40,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Workers:
-    """Threads that do blocks."""
+    """Threads that do blocks, and the device of torch that they move them to."""
 
     pool: ThreadPoolExecutor
     count: int
+    device: str = CPU
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """What `function` makes of each item, in order; few more are begun than are asked for."""
@@ -59,18 +62,20 @@ class Workers:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
-    """Threads for the body, each of which computes alone."""
+def workers(device: str = CPU) -> Iterator[Workers]:
+    """Threads for the body, each of which computes alone, and no matrices in less than float32."""
     _keep_what_is_freed()
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     count = threads + 1
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield Workers(pool, count)
+        yield Workers(pool, count, device)
     finally:
         pool.shutdown(cancel_futures=True)
         # The threads of the pool have set it for those that come after them too.
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _keep_what_is_freed() -> None:
@@ -122,12 +127,12 @@ class Matrix:
 
     def total(self, of: Callable[..., Tensor]) -> Tensor:
         """See `bake.edits.Rows`."""
-        found = self.each(of)
+        found = self.each(lambda rows, *blocks: of(rows, *blocks).cpu())
         return sum(found, start=next(found).double())
 
     def _of(self, rows: range, of: Callable[..., R]) -> R:
-        chosen = slice(rows.start, rows.stop)
-        return of(chosen, *(one.rows(self.number, rows).float() for one in self.sources))
+        blocks = (one.rows(self.number, rows).to(self.workers.device) for one in self.sources)
+        return of(slice(rows.start, rows.stop), *(one.float() for one in blocks))
 
 
 def matrices(workers: Workers, shape: Sequence[int], sources: Sequence[Source]) -> Iterator[Matrix]:

@@ -1,10 +1,10 @@
-"""The device that models run on: the processor, or what BAKE_DEVICE names."""
+"""The device that models run on and weights are edited on: what BAKE_DEVICE names."""
 
 import os
 
 from bake.errors import InputError
 
-__all__ = ["AUTO", "CPU", "chosen_device"]
+__all__ = ["AUTO", "CPU", "chosen_device", "edit_device"]
 
 CPU = "cpu"
 AUTO = "auto"
@@ -18,8 +18,25 @@ def chosen_device() -> str:
     InputError for what torch does not know, or not have here.
     """
     name = os.environ.get("BAKE_DEVICE") or CPU
-    if name in (CPU, AUTO):
+    return name if name in (CPU, AUTO) else _own(name)
+
+
+def edit_device() -> str:
+    """Where blocks of rows are edited: `chosen_device`, of which "auto" is one accelerator here.
+
+    That is the first, or of several processes each has its own; the processor where there is none.
+    """
+    name = chosen_device()
+    if name != AUTO:
         return name
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return _own(found.type) if found else CPU
+
+
+def _own(name: str) -> str:
+    """A device that is here, with this process's number where it has none; raises as above."""
     import torch
 
     try:

@@ -6,8 +6,8 @@ Both go a block of rows at a time, since the largest tensors do not fit into mem
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,7 +42,10 @@ class Rows(Protocol):
     """A matrix [.., rows, columns], or several of one shape, seen a block of rows at a time."""
 
     def total(self, of: Callable[..., Tensor]) -> Tensor:
-        """The sum over all blocks, in float64, of `of(rows, block, ..)`: a block of each matrix."""
+        """The sum over all blocks, in float64, of `of(rows, block, ..)`: a block of each matrix.
+
+        It is the processor's, whatever device the blocks are on: not every one has float64.
+        """
         ...
 
 
@@ -69,6 +72,10 @@ class Edit(Protocol):
         """
         ...
 
+    def on(self, device: str) -> Self:
+        """Return the same edit for blocks of rows that are on a device of torch."""
+        ...
+
     def errors(self, pair: Rows) -> Tensor:
         """Return the residual of (before, after) in parts: squares [n, 2] of what is wrong, of all.
 
@@ -77,6 +84,7 @@ class Edit(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class _Whole:
     """A tensor in memory is one block."""
 
@@ -91,6 +99,10 @@ class _Whole:
 
     def residual(self, before: Tensor, after: Tensor) -> float:
         return worst(self.errors(_InMemory((before, after))))
+
+    def on(self, device: str) -> Self:
+        tensors = {name: one for name, one in vars(self).items() if isinstance(one, Tensor)}
+        return replace(self, **{name: one.to(device) for name, one in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -226,7 +238,7 @@ class RemoveSubspace(_Whole):
                 return torch.sub(block, removed, out=removed)
 
             return of_row
-        written = self.strength * matrix.total(self.component).float()
+        written = self.strength * matrix.total(self.component).float().to(self.basis.device)
 
         def of_column(rows: slice, block: Tensor) -> Tensor:
             removed = self.basis[rows] @ written
@@ -278,7 +290,7 @@ class RemoveKeepingNorms(_Whole):
 
             return of_row
         before, left = matrix.total(lambda rows, block: _norms(-2, block, plain(rows, block)))
-        scale = _factor(before.sqrt(), left.sqrt()).float()
+        scale = _factor(before.sqrt(), left.sqrt()).float().to(self.basis.device)
         return lambda rows, block: plain(rows, block) * scale
 
     def errors(self, pair: Rows) -> Tensor:  # noqa: D102 (see Edit)
@@ -385,8 +397,9 @@ def square(tensor: Tensor) -> Tensor:
 
 
 def _norms(axis: Literal[-2, -1], *blocks: Tensor) -> Tensor:
-    """The squared norms along an axis, of each of the blocks."""
-    return torch.stack([each.norm(dim=axis, keepdim=True).double().square() for each in blocks])
+    """The squared norms along an axis, of each of the blocks, on the processor."""
+    norms = torch.stack([each.norm(dim=axis, keepdim=True) for each in blocks])
+    return norms.cpu().double().square()
 
 
 def _factor(wanted: Tensor, found: Tensor) -> Tensor:

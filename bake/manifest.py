@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
-from bake.device import CPU, chosen_device
+from bake.device import CPU, chosen_device, edit_device
 from bake.errors import ManifestError
 
 __all__ = [
@@ -121,7 +121,8 @@ def file_hash(path: Path, progress: Callable[[int], None] = lambda _: None) -> s
 def versions() -> dict[str, str]:
     """The versions of bake and of the packages whose numbers it relies on.
 
-    With the kind of device that models run on, where it is not the processor.
+    With the kind of device that models run on, where it is not the processor, and of "auto" the
+    kind that weights are edited on.
     """
     from bake import __version__
 
@@ -131,5 +132,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    device = chosen_device().partition(":")[0]
-    return found if device == CPU else {**found, "device": device}
+    device, edits = (one.partition(":")[0] for one in (chosen_device(), edit_device()))
+    if device != CPU:
+        found["device"] = device if device == edits else f"{device} ({edits})"
+    return found

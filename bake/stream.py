@@ -1,8 +1,8 @@
 """The write side of a safetensors checkpoint: whatever its size, a few blocks in memory.
 
 Headers are computed first, from the plan; untouched tensors are copied as byte ranges inside the
-kernel, edited ones are read a block of rows at a time, edited in float32, cast once and written in
-place. Shard layout, tensor order and header metadata stay as they were.
+kernel, edited ones are read a block of rows at a time, edited in float32 (on a device if asked),
+cast once and written in place. Shard layout, tensor order and header metadata stay as they were.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from bake import __version__
 from bake.blocks import Matrix, Workers, matrices, opened, source_of, workers
 from bake.checkpoint import DTYPES, EDITABLE, INDEX, Checkpoint, Shard, TensorInfo, byte_count
 from bake.copying import ALIGNED, Span, begin_to_disk, copy_span, pieces
+from bake.device import CPU
 from bake.edits import Change, CreatedTensor, Edit, composed
 from bake.errors import CheckpointError, OutputError
 from bake.work import ALONE, Work
@@ -48,6 +49,7 @@ def write_checkpoint(
     renamed: Mapping[str, str] = MappingProxyType({}),
     journal: Path | None = None,
     work: Work = ALONE,
+    device: str = CPU,
 ) -> None:
     """Write the edited checkpoint into the empty `folder`.
 
@@ -56,7 +58,8 @@ def write_checkpoint(
     `renamed` has the names that are written where they are others than these. With a `journal`,
     which is a file, the folder may have what an earlier call wrote before it was killed: what is
     whole of it stays where the call was the same, all else goes. All of it is on disk in the end.
-    The processes of `work` share the tensors and ranges, in a folder that all of them see.
+    The processes of `work` share the tensors and ranges, in a folder that all of them see. Edits
+    are made on `device`, a block of rows at a time.
     Raises CheckpointError for an edit of a tensor that is missing or of a type that cannot be
     edited, and OutputError when the disk is full or not writable.
     """
@@ -70,7 +73,7 @@ def write_checkpoint(
         for shard in base.shards
     ]
     try:
-        run = _run(base, files, edits, created, config) if journal else ""
+        run = _run(base, files, edits, created, config, device) if journal else ""
         parts = work.by_main(lambda: _begun(files, folder, journal, run))
         _check_shared(files, work)
         with ExitStack() as stack:
@@ -84,7 +87,7 @@ def write_checkpoint(
                 with lock:
                     progress(count)
 
-            _write_files(files, edits, done, written, work)
+            _write_files(files, edits, done, written, work, device)
         for path in base.sidecars() if work.main else ():
             target = folder / path.name
             if path.name == "config.json" and config:
@@ -212,12 +215,13 @@ def _write_files(
     progress: Callable[[int], None],
     written: Written | None,
     work: Work,
+    device: str,
 ) -> None:
     """Write what is this process's and not written already: one thread copies, others edit."""
     every = (piece for file in files for span in file.copied for piece in pieces(span))
     copies = _Copies(work.own(every), written, progress)
     own = set(work.own(entry.name for file in files for entry, _ in file.edited))
-    with workers() as pool:
+    with workers(device) as pool:
         copying = [pool.pool.submit(copies.work)]
         for file in files:
             with (
@@ -277,6 +281,10 @@ def _edit(
     if written and part in written.parts and _crc(place, size) == written.parts[part]:
         progress(size)
         return
+    if entry.dtype == "F64":
+        # mps does not have it.
+        pool = replace(pool, device=CPU)
+    edits = [edit.on(pool.device) for edit in edits]
     crc = 0
     for matrix in matrices(pool, entry.shape, [source_of(entry, source)]):
         change = composed(edits, matrix)
@@ -307,7 +315,7 @@ def _write_block(
         raise CheckpointError(
             f"{entry.name}: the edit is not finite in {entry.dtype}; lower its strength"
         )
-    data = cast.contiguous().view(torch.uint8).numpy().data.cast("B")
+    data = cast.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
     first = matrix.number * matrix.height + rows.start
     _write_at(place.file, data, place.offset + first * block.shape[1] * cast.itemsize)
     return data
@@ -334,9 +342,11 @@ def _run(
     edits: Mapping[str, Sequence[Edit]],
     created: Iterable[CreatedTensor],
     config: Mapping[str, object],
+    device: str,
 ) -> str:
     """A hash of all that decides the bytes, the base's weights by their files' size and time."""
-    digest = hashlib.sha256(f"{__version__} {torch.__version__}".encode())
+    kind = device.partition(":")[0]
+    digest = hashlib.sha256(f"{__version__} {torch.__version__} {kind}".encode())
     for file in files:
         found = file.source.stat()
         digest.update(f"{file.source.resolve()} {found.st_size} {found.st_mtime_ns}".encode())

@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from bake.checkpoint import Checkpoint
+from bake.device import edit_device
 from bake.directions import Directions, save_directions
 from bake.edits import Edit
 from bake.errors import VerificationError
@@ -140,6 +141,7 @@ def _write_safetensors(
             renamed=plan.renamed,
             journal=journal,
             work=work,
+            device=edit_device(),
         )
     return check_files(base, Checkpoint.open(folder), edits, plan.created, plan.renamed, work)
 

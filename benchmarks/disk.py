@@ -8,7 +8,8 @@ way to a second folder is a process of its own, and all take turns, so that what
 machine does falls on all. Printed are medians: seconds of the whole process, those of its work
 alone (without the start of Python and the imports), both over `cp -r` of the same round; the peak
 of resident memory; and what was read and written, as the process asked for it and as the disk saw
-it. bake's ways end in fsync, `cp` does not: `cp -r, sync` is the copy that does too.
+it. bake's ways end in fsync, `cp` does not: `cp -r, sync` is the copy that does too. bake edits on
+the device that BAKE_DEVICE names, if any.
 
 The disk holds the base, an output and copies up to three quarters of the memory. With `--single`
 each way is run once, one output is there at a time, and nothing is copied by `cp` unless asked:
@@ -342,6 +343,7 @@ def _by_bake(
 ) -> float:
     from bake.archs import find_arch
     from bake.checkpoint import Checkpoint
+    from bake.device import edit_device
     from bake.staging import staged
     from bake.stream import write_checkpoint
     from bake.verify import check_files
@@ -353,7 +355,7 @@ def _by_bake(
     arch = find_arch(base.config, str(source), base.tensors)
     edits, created, config = made(base, arch)
     with staged(target, overwrite=False) as staging:
-        write_checkpoint(base, edits, created, config, staging)
+        write_checkpoint(base, edits, created, config, staging, device=edit_device())
         if check:
             check_files(base, Checkpoint.open(staging), edits, created)
     return time.perf_counter() - started

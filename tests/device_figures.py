@@ -2,7 +2,8 @@
 
     python -m tests.device_figures FOLDER FILE
 
-A tiny llama in FOLDER, the figures as safetensors. The device `other` is made here.
+A tiny llama in FOLDER, the figures as safetensors. The device `other` is made here, without
+float64 where LACKING is set.
 """
 
 import os
@@ -88,7 +89,8 @@ def main() -> None:
     """Write the figures."""
     torch.set_num_threads(1)
     if os.environ.get("BAKE_DEVICE") == "other":
-        main.device = register()  # type: ignore[attr-defined]
+        lacking = torch.float64 if os.environ.get("LACKING") else None
+        main.device = register(lacking)  # type: ignore[attr-defined]
     folder, file = map(Path, sys.argv[1:])
     save_file({name: value.detach().clone() for name, value in figures(folder)}, file)
 

@@ -25,11 +25,14 @@ class Other(Tensor):
     """A tensor of the device; `raw` has its numbers."""
 
     raw: Tensor
+    lacking: torch.dtype | None = None
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> "Other":
         assert raw.device.type == "cpu", raw.device
+        if raw.dtype == cls.lacking:
+            raise TypeError(f"the device has no {raw.dtype}")
         found = Tensor._make_wrapper_subclass(
             *(cls, raw.shape, raw.stride(), raw.storage_offset()),
             dtype=raw.dtype,
@@ -80,8 +83,9 @@ class _Module(_DummyBackendModule):  # type: ignore[misc]
         pass
 
 
-def register() -> torch.library.Library:
-    """Make `other` a device; it is one as long as what is returned lives."""
+def register(lacking: torch.dtype | None = None) -> torch.library.Library:
+    """Make `other` a device, without a type; it is one as long as what is returned lives."""
+    Other.lacking = lacking
     _setup_privateuseone_for_python_backend("other", _Module())
     # In inference mode operators come whole that are made of several, with devices anywhere.
     torch.inference_mode = torch.no_grad  # type: ignore[misc, assignment]

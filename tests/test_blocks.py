@@ -155,6 +155,18 @@ def test_the_bytes_are_the_same_for_any_number_of_threads(
     assert figures[0] == figures[1] == figures[2]
 
 
+def test_float32_is_not_rounded_to_less() -> None:
+    """To TF32 on a GPU, or bfloat16 on some processors, where somebody has allowed that."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with workers():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 # Of glibc's `struct mallinfo2`: what lies in heaps, and in maps of its own.
 FREED = """
 import ctypes

@@ -288,6 +288,16 @@ def test_what_is_not_there_is_left_out(bake: Run, place: Path) -> None:
     assert "converter" not in page.text
 
 
+def test_a_bake_on_a_device_is_made_again_there(bake: Run, place: Path) -> None:
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["versions"]["device"] = "auto (cuda)"
+    write(place, manifest=manifest)
+    assert bake("report", "open", "--output", "device.html")[0] == 0
+    text = Page(place / "device.html").text
+    assert "env BAKE_DEVICE=auto bake --recipe open.yaml" in text
+    assert "device==" not in text
+
+
 def test_hostile_text_is_text(bake: Run, place: Path) -> None:
     """From prompts, answers, names of sets, the recipe: no element, no handler, no address."""
     manifest = copy.deepcopy(MANIFEST)

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bake import written
+from bake.blocks import workers
 from bake.checkpoint import Checkpoint
 from bake.stream import write_checkpoint
 from tests.test_stream import NAME, rank_one
@@ -24,12 +25,13 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(place: Path, seed: int) -> list[int]:
+def write(place: Path, seed: int, device: str = "cpu") -> list[int]:
     done: list[int] = []
     write_checkpoint(
         *(Checkpoint.open(place / "base"), {NAME: [rank_one(seed)]}, (), {}, place / "out"),
         progress=done.append,
         journal=place / "journal",
+        device=device,
     )
     return done
 
@@ -89,15 +91,20 @@ def test_after_a_loss_of_power_copies_do_not_count(
     assert (place / "out" / FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("how", ["another edit", "another base", "no journal"])
-def test_what_another_bake_wrote_goes(place: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["another edit", "another base", "another device", "no journal"])
+def test_what_another_bake_wrote_goes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    # Whatever the device is called, the processor computes.
+    monkeypatch.setattr("bake.stream.workers", lambda _: workers())
+    device = "cuda:1" if how == "another device" else "cpu"
     (place / "out" / "political.gguf").write_text("left")
     before = spoil(place, "model.embed_tokens.weight")
     if how == "another base":
         (place / "base" / FILE).touch()
     if how == "no journal":
         (place / "journal").write_text("{half a li")
-    write(place, 2 if how == "another edit" else 1)
+    write(place, 2 if how == "another edit" else 1, device)
     assert not (place / "out" / "political.gguf").exists()
     assert ((place / "out" / FILE).read_bytes() == before) is (how != "another edit")
     (place / "fresh").mkdir()

@@ -152,14 +152,18 @@ def _judge(found: Evaluation | None) -> str:
 def _commands(bake: Manifest) -> dict[str, str]:
     """What the recipe's file was called, what stands beside bake, and the command that bakes."""
     file = PurePath(bake.recipe.source).name
-    words = ["bake", "--recipe", file]
+    versions = bake.versions.model_dump()
+    # As in "auto (cuda)".
+    device = str(versions.pop("device", "")).partition(" ")[0]
+    words = ["env", f"BAKE_DEVICE={device}"] if device else []
+    words += ["bake", "--recipe", file]
     for override in bake.recipe.overrides:
         name, _, value = override.partition(" ")
         words += [name, value]
     # The build of torch for one kind of processor is no name that an index has.
     pins = (
         f"{name}=={version.partition('+')[0]}"
-        for name, version in bake.versions.model_dump().items()
+        for name, version in versions.items()
         if name != "bake"
     )
     return {"file": file, "command": shlex.join(words), "install": " ".join(pins)}
