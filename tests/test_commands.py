@@ -74,6 +74,19 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert done.stdout.endswith("\nTrue\n")
 
 
+def test_a_plan_imports_no_models(place: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['bake', 'plan', '--recipe', 'recipe.yaml']\n"
+        "from bake.commands import main\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code\n"
+        "heavy = {'transformers', 'accelerate', 'sympy', 'scipy'} & set(sys.modules)\n"
+        "assert 'torch' in sys.modules and not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_shell_completes_commands_and_recipes() -> None:
     def completed(words: str, last: int) -> list[str]:
         asked = {"_BAKE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(last)}
