@@ -1,7 +1,7 @@
 """The block gate on the demo: what its probes read behind every layer, and what a block costs.
 
     python -m benchmarks.blocks readings [--layers 12,15,18] [--ridge 0.01] [--template 1]
-    python -m benchmarks.blocks cost [--tokens 128] [--rounds 7]
+    python -m benchmarks.blocks cost [--tokens 128] [--rounds 8]
 
 `readings` fits a probe behind every layer as a bake does, on the last tokens of the prompts of
 `political-open`, as many as `--template` says, and on text. Of topics that the probe was not fitted
@@ -9,9 +9,10 @@ on it prints how far the constant is from 1 and what opens of each class's token
 on the prompts of the select split at their last token, what opens, and how far the weights' ramp is
 from a clip with an exact constant.
 
-`cost` patches the demo's GGUF with one and with three inserted blocks and prints tokens per second
-in llama.cpp, of a prompt and of an answer, the rounds of all files in turn. Their gates are of
-random numbers, which take as long. Both take `--json FILE` for the rows.
+`cost` patches the demo's GGUF with rank-one gates, with one inserted block and with three, and
+prints tokens per second in llama.cpp, of a prompt and of an answer, the rounds of all files in
+turn, each round from another one on. The gates are of random numbers, which take as long. Both
+take `--json FILE` for the rows.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType
 
 from bake.activations import Conversation, Tap, collect
 from bake.carriers.blank import blank_block
@@ -55,7 +57,7 @@ def main() -> None:
     arguments.add_argument("--ridge", type=float, default=0.01)
     arguments.add_argument("--template", type=int, default=1)
     arguments.add_argument("--tokens", type=int, default=128)
-    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--rounds", type=int, default=8)
     arguments.add_argument("--json", type=Path, help="a file for the rows")
     chosen = arguments.parse_args()
     if chosen.what == "readings":
@@ -126,23 +128,23 @@ def read(layers: str, ridge: float, template: int) -> Iterator[Row]:
 
 
 def cost(tokens: int, rounds: int) -> Iterator[Row]:
-    """A row a file and number of blocks."""
+    """A row a file: the base, the recipe's rank-one gates, one inserted block and three."""
     recipe = load_recipe(RECIPE).recipe
     ready = prepare(recipe)
     assert ready.gguf
     base, arch = ready.base, ready.arch
     depth = arch.layer_count(base.config)
+    gates = [Gate(op="gate", layers=tuple(range(13, 25)), strength=-1.0)]
+    for layers in ((15,), (12, 15, 18)):
+        gates.append(Gate(op="gate", form="block", layers=layers, strength=-1.0))
     with tempfile.TemporaryDirectory() as folder:
-        files = {0: ready.gguf.path}
-        for layers in ((15,), (12, 15, 18)):
-            files[len(layers)] = Path(folder) / f"{len(layers)}.gguf"
-            asked = recipe.model_copy(
-                update={"edits": (Gate(op="gate", form="block", layers=layers, strength=-1.0),)}
-            )
-            plan = make_plan(asked, base, arch)
+        files = {"base": ready.gguf.path}
+        inserted = {"base": 0}
+        for gate in gates:
+            plan = make_plan(recipe.model_copy(update={"edits": (gate,)}), base, arch)
             measured = Measured(
-                {layer: drawn(layer, plan.width) for layer in layers},
-                no_probe,
+                {layer: drawn(layer, plan.width) for layer in gate.layers},
+                lambda module, _: drawn(1, base.tensors[f"{module}.weight"].shape[1]),
                 base,
                 {},
                 lambda layer, _, width=plan.width: torch.stack(
@@ -150,48 +152,51 @@ def cost(tokens: int, rounds: int) -> Iterator[Row]:
                 ),
             )
             edits: dict[str, list[Edit]] = {}
-            for one in OPERATORS["gate"].build(asked.edits[0], plan.steps[0], measured, arch):
+            for one in OPERATORS["gate"].build(gate, plan.steps[0], measured, arch):
                 for edit in one.edits():
                     edits.setdefault(edit.tensor, []).append(edit)
+            name = f"{gate.form}, {', '.join(map(str, gate.layers))}"
+            if gate.form == "rank_one":
+                name = f"{gate.form}, {len(edits)} matrices"
+            inserted[name] = len(gate.layers) if gate.form == "block" else 0
+            files[name] = Path(folder) / f"{len(files)}.gguf"
             patch_gguf(
                 *(plan, arch, base.config, GGUFFile.open(ready.gguf.path), edits),
-                files[len(layers)],
-                edited_type=F32,
+                files[name],
+                edited_type=F32 if gate.form == "block" else GGMLQuantizationType.Q8_0,
             )
         llamas = {
-            count: LlamaModel(path, context=PROMPT + tokens, parallel=1, threads=THREADS)
-            for count, path in files.items()
+            name: LlamaModel(path, context=PROMPT + tokens, parallel=1, threads=THREADS)
+            for name, path in files.items()
         }
         prompt = torch.randint(
             100, 10_000, (PROMPT,), generator=torch.Generator().manual_seed(0)
         ).tolist()
-        reading: dict[int, list[float]] = {count: [] for count in files}
-        answering: dict[int, list[float]] = {count: [] for count in files}
-        for _ in range(rounds):
-            for count, llama in llamas.items():
+        reading: dict[str, list[float]] = {name: [] for name in files}
+        answering: dict[str, list[float]] = {name: [] for name in files}
+        turns = list(llamas.items())
+        for turn in range(rounds):
+            # Nobody is always the first.
+            first = turn % len(turns)
+            for name, llama in turns[first:] + turns[:first]:
                 start = time.perf_counter()
                 llama.logits(prompt)
-                reading[count].append(PROMPT / (time.perf_counter() - start))
+                reading[name].append(PROMPT / (time.perf_counter() - start))
                 start = time.perf_counter()
                 written = llama.generate([prompt[:8]], tokens)[0]
-                answering[count].append(len(written) / (time.perf_counter() - start))
-    for count in files:
-        row: Row = {"blocks": count, "layers": f"{depth / (depth + count):.3f}"}
-        for name, found in (("prompt", reading), ("answer", answering)):
-            ratio = statistics.median(a / b for a, b in zip(found[count], found[0], strict=True))
-            row[f"{name}, tokens/s"] = f"{statistics.median(found[count]):.1f}"
-            row[f"{name}, of the base"] = f"{ratio:.3f}"
+                answering[name].append(len(written) / (time.perf_counter() - start))
+    for name in files:
+        row: Row = {"file": name, "layers": f"{depth / (depth + inserted[name]):.3f}"}
+        for what, found in (("prompt", reading), ("answer", answering)):
+            ratios = [a / b for a, b in zip(found[name], found["base"], strict=True)]
+            row[f"{what}, tokens/s"] = f"{statistics.median(found[name]):.1f}"
+            row[f"{what}, of the base"] = f"{statistics.median(ratios):.3f}"
         yield row
 
 
 def drawn(seed: int, width: int) -> torch.Tensor:
     """A random vector that a probe may be."""
     return torch.randn(width, generator=torch.Generator().manual_seed(seed)) / width**0.5
-
-
-def no_probe(module: str, spec: Gate) -> torch.Tensor:
-    """There is no rank-one gate."""
-    raise AssertionError
 
 
 def percent(share: float) -> str:

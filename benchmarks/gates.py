@@ -15,13 +15,15 @@ and the KL. At the openness of `--answers` further sets are asked, and whole ans
 |---|---|
 | `gate`, `ordered` | rank-one gates, fitted each by itself, or in order |
 | `block` | block gates |
+| `both` | gates in order and block gates, of `political-open-block` |
 | `add` | the directions added behind one block, or spread over several |
 | `ablate` | one direction out of all that some blocks write, or of all blocks |
 | `wang` | the same, the direction orthogonal to that of harmful requests (arXiv:2410.03415) |
 | `alphasteer` | AlphaSteer (arXiv:2506.07022), by a hook |
 | `cast` | CAST (arXiv:2409.05907), by a hook |
 
-Rank-one gates are fitted at strength 1.75, where those in order see each other, and then scaled.
+Rank-one gates are fitted at strength 1.75, where those in order see each other, and then scaled;
+those of `both` at the recipe's own, which is 1 here.
 """
 
 import argparse
@@ -64,7 +66,7 @@ from benchmarks.peers import (
     mean_states,
 )
 
-RECIPE = "political-open"
+RECIPE, BOTH = "political-open", "political-open-block"
 # What is fitted, whatever the recipe's own gates are: blocks, strength, tokens, prompts a class.
 GATED, FITTED = "13-24", 1.75
 KEYS = (
@@ -370,6 +372,22 @@ class Bench:
 
         return Way(f"{layers}, opened {opened:g}", lowest(plan), hooks)
 
+    def both(self) -> list[Way]:
+        """Gates in order beside block gates; at 1 of the recipe's strengths."""
+        recipe = load_recipe(BOTH, overrides=KEYS[1:]).recipe
+        fitted = self._fitted(recipe)
+
+        def hooks(strength: float) -> Sequence[Intervention]:
+            return [
+                replace(one, vectors=strength * one.vectors)
+                if isinstance(one, BlockGate)
+                else replace(one, vector=strength * one.vector)
+                for one in fitted
+                if isinstance(one, BlockGate | Gate)
+            ]
+
+        return [Way(BOTH, lowest(self._fits.plan(recipe)), hooks)]
+
     def adds(self) -> list[Way]:
         """The directions behind one block, or behind several in equal shares."""
         return [self._added(*one) for one in ADDS]
@@ -529,6 +547,7 @@ METHODS: dict[str, Callable[[Bench], list[Way]]] = {
     "gate": lambda bench: bench.gates(False),
     "ordered": lambda bench: bench.gates(True),
     "block": Bench.blocks,
+    "both": Bench.both,
     "add": Bench.adds,
     "ablate": lambda bench: bench.ablations("none"),
     "wang": lambda bench: bench.ablations("remove"),
