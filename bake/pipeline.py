@@ -164,6 +164,8 @@ def fit_of(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     passes = 2 + walks + 2 * blocks
     weighed = sum(len(prompts[role]) for role in weighed_roles(recipe))
     total = passes * shown_once - count + sum(map(len, concepts.values())) + weighed
+    if recipe.fit.positions.question == "shut":
+        total += (1 + walks) * (shown_once - count + 1)
     shown = needs_prompts(plan, recipe, ready.directions, ready.probes)
     with progress("fit", total, shown and model.work.main) as update:
         return fit(

@@ -30,6 +30,7 @@ from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.onward import Onward
 from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
+from bake.fit.questions import questions
 from bake.fit.ramp import gate_readings, ramps_of, shown_classes
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.stream import stream_taps, watching_taps
@@ -417,14 +418,19 @@ def weighed_classes(
     labels: Mapping[str, Sequence[Labelled]],
     progress: Callable[[int], None] = lambda _: None,
 ) -> Mapping[str, Sequence[Conversation]]:
-    """The conversations as they count in probes: of what a gate steers by doubt, if so asked.
+    """The conversations as they count in the probes of rank-one gates.
 
-    Raises FitError as `with_doubts`.
+    If so asked, those of what a gate steers by doubt, and what is in front of where gates decide
+    as classes of their own. Raises FitError as `with_doubts`.
     """
-    roles = weighed_roles(recipe)
-    if not roles or not conversations:
-        return conversations
-    return with_doubts(model, conversations, labels, roles, progress)
+    roles, found = weighed_roles(recipe), dict(conversations)
+    if not conversations:
+        return found
+    if roles:
+        found |= with_doubts(model, conversations, labels, roles, progress)
+    if recipe.fit.positions.question == "shut":
+        found |= questions({role: conversations[role] for role in labels})
+    return found
 
 
 def weighed_roles(recipe: Recipe) -> list[str]:

@@ -25,6 +25,11 @@ class Positions(Section):
         default=6, ge=1, le=512, description="The last tokens of the prompt in its chat template."
     )
     answer: int = Field(default=10, ge=0, le=4096, description="The first tokens of the answer.")
+    question: Literal["free", "shut"] = Field(
+        default="free",
+        description="Whether rank-one gates are also shut at the prompt's tokens in front of "
+        "those; else nothing is asked of them there.",
+    )
     direction: int = Field(
         default=-1,
         ge=-512,
