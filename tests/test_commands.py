@@ -112,6 +112,7 @@ def test_the_shipped_recipes_are_listed(bake: Run) -> None:
         "fewer-overrefusals.yaml",
         "political-open-block.yaml",
         "political-open.yaml",
+        "refuse-topic-block.yaml",
         "refuse-topic.yaml",
     ]
 

@@ -588,6 +588,7 @@ def test_the_shipped_recipes() -> None:
         "fewer-overrefusals",
         "political-open-block",
         "political-open",
+        "refuse-topic-block",
         "refuse-topic",
     ]
 
