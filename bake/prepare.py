@@ -21,7 +21,7 @@ from bake.model import LiveModel
 from bake.plan import Plan, check_gguf, direction_layers, make_plan
 from bake.preflight import check_room
 from bake.prompts import Prompt, Splits, fingerprint, load_prompts, load_splits, united
-from bake.recipe import LoadedRecipe, PromptSource, Recipe
+from bake.recipe import LoadedRecipe, PromptSet, PromptSource, Recipe
 from bake.saved_plan import snapshot
 from bake.source import Source, find_source
 from bake.staging import already_there
@@ -144,16 +144,18 @@ def check_trust(recipe: Recipe, trusted: bool) -> None:
 
 def splits_of(source: PromptSource) -> Splits:
     """The splits of a role's sets, or of its one set."""
-    split, fitted = [], []
-    for one in source.sets:
-        if one.fit_only:
-            prompts = load_prompts(one.set, language=one.language, place=one.place)
-            fitted.append(prompts[: one.limit])
-        else:
-            split.append(
-                load_splits(one.set, language=one.language, limit=one.limit, place=one.place)
-            )
-    return united(split, fitted)
+
+    def whole(one: PromptSet) -> tuple[Prompt, ...]:
+        return load_prompts(one.set, language=one.language, place=one.place)[: one.limit]
+
+    split = [
+        load_splits(one.set, language=one.language, limit=one.limit, place=one.place)
+        for one in source.sets
+        if one.reported
+    ]
+    fitted = [whole(one) for one in source.sets if one.fit_only]
+    selected = [whole(one) for one in source.sets if one.select_only]
+    return united(split, fitted, selected)
 
 
 def _directions(recipe: Recipe) -> tuple[Directions | None, str | None]:

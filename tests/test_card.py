@@ -120,7 +120,8 @@ def test_a_card_names_base_datasets_and_results() -> None:
 
 def test_a_card_names_every_set_of_a_role() -> None:
     hub = f"{{set: 'hub:org/questions', revision: {COMMIT}}}"
-    sets = f"prompts.target=[political, {hub}, {{set: medical, fit_only: true}}]"
+    apart = "{set: medical, fit_only: true}, {set: timely, select_only: true}"
+    sets = f"prompts.target=[political, {hub}, {apart}]"
     loaded = load_recipe("political-open", overrides=(*HUB, sets))
     data = ModelCard(card(evidence(loaded))).data
     assert data.datasets == ["org/questions"]

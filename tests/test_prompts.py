@@ -397,6 +397,21 @@ def test_a_set_to_fit_on_alone_gives_way_to_what_is_reported_on() -> None:
     assert (found.select, found.test, found.removed) == (own.select, own.test, 2)
 
 
+def test_a_set_to_choose_by_alone_gives_way_to_what_is_fitted_and_reported_on() -> None:
+    def of(name: str, *topics: str) -> tuple[Prompt, ...]:
+        return tuple(Prompt(f"{name} asks about {one}?", one, "en") for one in topics)
+
+    own = Splits(of("red", "a"), of("red", "b"), of("red", "c"))
+    fitted, twin = of("green", "e"), Prompt("RED asks about c!", "z", "en")
+    found = united([own], [fitted], [(*of("blue", "b", "d", "a", "e"), twin)])
+    assert [(one.text, one.topic) for one in found.select] == [
+        ("red asks about b?", "b"),
+        ("blue asks about b?", "b"),
+        ("blue asks about d?", "d"),
+    ]
+    assert (found.fit, found.test, found.removed) == ((*own.fit, *fitted), own.test, 3)
+
+
 def test_sets_that_leave_no_prompt_to_a_split() -> None:
     first = Splits(*((Prompt(f"say {one}", one, "en", origin="a:1"),) for one in "abc"))
     second = replace(first, fit=first.test, test=first.fit)

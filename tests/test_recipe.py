@@ -154,6 +154,11 @@ def test_a_role_may_have_several_sets(tmp_path: Path) -> None:
         ("[medical, medicine]", "prompts.target.also.0.set: no built-in prompt set 'medicine'"),
         ("[]", "prompts.target: expected a mapping, found a list"),
         ("{set: medical, fit_only: true}", "prompts.target.fit_only: nothing would be left to"),
+        ("{set: medical, select_only: true}", "prompts.target.select_only: nothing would be left"),
+        (
+            "[medical, {set: a.txt, fit_only: true, select_only: true}]",
+            "prompts.target.also.0.select_only: contradicts fit_only",
+        ),
     ],
 )
 def test_mistakes_in_several_sets(tmp_path: Path, sets: str, message: str) -> None:

@@ -31,11 +31,11 @@ from bake.search.behind import Behind
 from bake.search.bench import Bench
 from bake.search.captured import check_memory
 from bake.search.draw import drawn
-from bake.search.journal import SearchJournal
+from bake.search.journal import Final, SearchJournal
 from bake.search.proxy import Proxy
 from bake.search.run import search_to_file, shown
 from bake.search.space import corners, spaces, with_point
-from bake.search.trial import Figures, Trial, behind_front, excess, finalists, front
+from bake.search.trial import Figures, Trial, behind_front, excess, front, ranked
 from tests.conftest import Run
 from tests.tiny import write_place, write_tiny
 
@@ -60,6 +60,7 @@ search:
   startup: 5
   finalists: 2
   kl_at_most: 2
+  refine: {edits.0.ordered: [true], edits.0.strength: [-0.5, -1]}
   space:
     edits.0.layers: {first: [0, 1], last: [1, 2]}
     edits.0.strength: {low: -2.0, high: -0.1}
@@ -131,6 +132,9 @@ def journals(cache: Path) -> list[bytes]:
         ("search.space={edits.0.layers: [1-2, 1-40]}", "edits.0.layers: 1-40: "),
         ("search.space={edits.0.layers: {first: [0, 1], last: [2, 7]}}", "0-7: "),
         ("search.space={edits.0.kernel: [null]}", "unknown key 'kernel'"),
+        ("search.refine={edits.0.ridge: {low: 1, high: 2}}", "each of them is tried"),
+        ("search.refine={guard.protected_drop: [1, 50]}", "is not searched"),
+        ("search.refine={edits.0.layers: [1-40]}", "search.refine: edits.0.layers=1-40: "),
         ("search=null", "search: this recipe leaves nothing open"),
     ],
 )
@@ -392,7 +396,7 @@ def test_the_figures_are_those_of_whole_passes(bench: Bench) -> None:
     """P(refusal) and KL by the definition, on the unbatched model."""
     recipe = with_point(bench._recipe, {"edits.0.strength": -1.5})
     tried = bench.captured.interventions(recipe, bench.plan(recipe))
-    found = bench.proxy.figures(tried, 1)
+    found = bench.proxy.whole(tried, 1)
     refusals, moved = {}, []
     for role, prompts in bench.prompts.items():
         shares = []
@@ -407,13 +411,14 @@ def test_the_figures_are_those_of_whole_passes(bench: Bench) -> None:
         refusals[role] = 100 * sum(shares) / len(shares)
     assert found.refusals == pytest.approx(refusals, abs=1e-3)
     assert found.kl == pytest.approx(sum(moved) / len(moved), abs=1e-5)
-    assert found.kl > 1e-3
+    assert bench.proxy.divergence(tried, 1) == found.kl > 1e-3
 
 
 def test_a_point_that_cannot_be_fitted_is_a_trial_with_its_reason(bench: Bench) -> None:
     one = bench.trial(3, {}, {"edits.0.layers": "1-9"})
     assert one.figures is None and not one.allowed
     assert "layer" in one.failed
+    assert bench.final({"edits.0.layers": "1-9"}).failed == one.failed
     point = {"edits": [{"op": "ablate", "layers": [1], "variant": ["plain", "affine"]}]}
     assert "plain is without the others" in bench.trial(4, {}, point).failed
 
@@ -432,11 +437,9 @@ def test_the_front_has_what_nothing_else_beats() -> None:
     down, up = Guard(), Guard(target_at_least=50)
     assert [one.number for one in front(trials, down)] == [1, 0]
     assert [one.number for one in front(trials, up)] == [2, 0]
-    assert [one.number for one in finalists(trials, down, 4)] == [1, 0, 4, 2]
-    assert [one.number for one in finalists(trials, down, 9)] == [1, 0, 4, 2, 3]
+    assert [one.number for one in ranked(trials, down)] == [1, 0, 4, 2, 3]
     many = [trial(n, n, 1 / (n + 1)) for n in range(9)]
-    assert [one.number for one in finalists(many, down, 5)] == [0, 1, 2, 3, 8]
-    assert [one.number for one in finalists(many, down, 1)] == [0]
+    assert [one.number for one in ranked(many, down)] == [0, 1, 8, 2, 4, 3, 6, 5, 7]
 
 
 def test_a_trial_that_is_stopped_early_would_not_have_come_onto_the_front() -> None:
@@ -463,7 +466,7 @@ def test_a_trial_that_is_stopped_early_would_not_have_come_onto_the_front() -> N
                 break
         staged.append(Trial(number, {}, {}, figures, over, stopped=why))
         if not front(whole, guard):
-            assert finalists(staged, guard, 1)[0].number == finalists(whole, guard, 1)[0].number
+            assert ranked(staged, guard)[0].number == ranked(whole, guard)[0].number
     expected, got = ([one.number for one in front(each, guard)] for each in (whole, staged))
     assert got == expected and len(got) >= 5
     assert seen < 2 * 300
@@ -480,23 +483,33 @@ def test_a_trial_is_looked_at_no_further_than_it_can_be_on_the_front(
     one = bench.trial(4, {}, point)
     assert one.figures and list(one.figures.refusals) == list(ROLES) and not one.stopped
     best = Trial(0, {}, {}, Figures(dict.fromkeys(ROLES, 0.0), 0.0))
-    screened = bench.trial(4, {}, point, [best])
-    assert screened.stopped == "trial 0, by the last tokens alone" and screened.figures
-    assert 0 < screened.figures.kl != one.figures.kl
-    assert list(screened.figures.refusals) == [ROLES[0], ROLES[3]]
-    bench._search.__dict__["kl_at_most"], limit = 1e-9, bench._search.kl_at_most
-    monkeypatch.setattr(Proxy, "screened", lambda *_: None)
-    try:
-        over = bench.trial(4, {}, point, [best])
-    finally:
-        bench._search.__dict__["kl_at_most"] = limit
     again = bench.trial(4, {}, point, [best])
     assert again.stopped == "trial 0" and again.figures
     assert again.figures.kl == one.figures.kl
     assert again.figures.refusals == {role: one.figures.refusals[role] for role in ROLES[::3]}
+    monkeypatch.setitem(bench._recipe.search.__dict__, "kl_at_most", 1e-9)
+    over = bench.trial(4, {}, point, [best])
     assert over.stopped == "the limit of kl" and over.figures and not over.allowed
     assert list(over.figures.refusals) == ["general"]
     assert Trial.from_json(json.loads(json.dumps(over.as_json()))) == over
+
+
+def test_the_figures_of_a_trial_are_of_the_last_tokens_and_those_of_a_final_of_whole_prompts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where the model keeps nothing of what is before them, of whole prompts in both."""
+    point = {"edits.0.strength": -1.5}
+    tried, begin = bench._fitted(point)
+    whole, one = bench.proxy.whole(tried, begin), bench.trial(4, {}, point)
+    assert one.figures and one.figures != whole
+    final = bench.final(point)
+    assert final.kl == whole.kl != one.figures.kl
+    assert set(final.answered) == set(ROLES)
+    monkeypatch.setattr(bench.proxy._behind, "_caches", [])
+    assert bench.trial(4, {}, point).figures == whole
+    monkeypatch.setitem(bench._recipe.search.__dict__, "kl_at_most", 1e-9)
+    over = bench.final(point)
+    assert over.kl == whole.kl and not over.answered
 
 
 def test_guided_trials_keep_to_the_limits() -> None:
@@ -532,7 +545,7 @@ def unbroken(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[byt
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
     """Let the search end at a random one of its next steps."""
-    write, figures, answer = SearchJournal._write, Proxy.figures, LiveModel.answer
+    write, figures, answer = SearchJournal._write, Proxy.whole, LiveModel.answer
     left = [rng.randrange(1, 8)]
 
     def or_die(real: Any, *arguments: Any, **options: Any) -> Any:
@@ -551,7 +564,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
 
     for holder, name, real in (
         (SearchJournal, "_write", write),
-        (Proxy, "figures", figures),
+        (Proxy, "whole", figures),
         (LiveModel, "answer", answer),
     ):
         monkeypatch.setattr(holder, name, lambda *a, real=real, **o: or_die(real, *a, **o))
@@ -609,7 +622,7 @@ def test_200_trials_killed_ten_times_are_those_of_an_unbroken_search(
         assert process.wait() == -signal.SIGKILL
     assert begun(broken).wait() == 0
     assert journals(broken) == journals(whole)
-    assert len(journals(whole)[0].splitlines()) == 1 + 200 + 5
+    assert len(journals(whole)[0].splitlines()) >= 1 + 200 + 1 + 4 + 2
     assert (broken / "chosen.yaml").read_bytes() == (whole / "chosen.yaml").read_bytes()
 
 
@@ -629,10 +642,9 @@ def test_the_written_recipe_is_plain_and_bakes(
     path.write_text(unbroken[1])
     found = load_recipe(str(path)).recipe
     assert found.search is None
-    number = int(unbroken[1].split("trial ")[1].split()[0])
+    name = unbroken[1].split("trial ")[1].split()[0]
     lines = [json.loads(line) for line in unbroken[0].splitlines()]
-    trials = [one["trial"] for one in lines if "trial" in one]
-    point = trials[number]["point"]
+    (point,) = (one["point"] for one in lines if one.get("final") == name)
     assert found == with_point(loaded().recipe, point)
     edit = found.edits[0].model_dump(mode="json")
     assert edit["strength"] == point["edits.0.strength"]
@@ -688,7 +700,7 @@ def test_show_prints_the_front_and_the_answers(bake: Run, tmp_path: Path) -> Non
     assert "joins the front: target" in err
     shown_now = shown(loaded("search.trials=3"))
     assert shown_now in out
-    assert "3 trials" in shown_now and "answers in full, select split" in shown_now
+    assert "3 trials" in shown_now and "answers in full and KL of whole prompts" in shown_now
     code, out, err = bake("search", "show", *options)
     assert code == 0 and out.strip() == shown_now
 
@@ -706,22 +718,44 @@ def test_no_finalist_within_the_guard_is_exit_3_with_the_limit_and_the_journal_s
     assert len(journals(tmp_path / "cache")) == 1
 
 
-def test_the_guard_decides_among_finalists() -> None:
+def test_every_refinement_of_the_best_finalist_is_judged_too(unbroken: tuple[bytes, str]) -> None:
+    lines = [json.loads(line) for line in unbroken[0].splitlines()]
+    finals = {one["final"]: one for one in lines if "final" in one}
+    base, first, second, *refined = finals
+    assert base == "base" and first.isdigit() and second.isdigit()
+    parent = refined[0].removesuffix(".1")
+    assert parent in (first, second) and refined == [f"{parent}.1", f"{parent}.2"]
+    points = [finals[name]["point"] for name in refined]
+    assert [(one["edits.0.ordered"], one["edits.0.strength"]) for one in points] == [
+        (True, -0.5),
+        (True, -1),
+    ]
+    kept = finals[parent]["point"]
+    for one in points:
+        assert all(one[key] == value for key, value in kept.items() if key not in points[0])
+    assert all(set(one["answered"]) == set(ROLES) for one in finals.values())
+
+
+def test_the_guard_and_the_divergence_decide_among_finals() -> None:
     """The best target that breaks a limit is passed over for the best that does not."""
     from bake.search.run import _chosen
 
-    def answered(target: int, protected: int) -> dict[str, Rate]:
-        return {"target": Rate(target, 100), "protected": Rate(protected, 100)}
+    def answered(target: int, protected: int, kl: float = 0.1) -> Final:
+        rates = {"target": Rate(target, 100), "protected": Rate(protected, 100)}
+        return Final({}, kl, rates)
 
-    journal = SearchJournal(Path("none.jsonl"))
-    journal.answered = {None: answered(90, 90), 0: answered(15, 70), 1: answered(20, 89)}
-    journal.answered[2] = answered(40, 87)
-    trials = [trial(0, 15, 0.1), trial(1, 20, 0.1), trial(2, 40, 0.1)]
+    finals = {"base": answered(90, 90, 0), "0": answered(15, 70), "1": answered(20, 89, 0.2)}
+    finals |= {"2": answered(40, 87), "1.1": answered(20, 89), "3": Final({}, 2.5)}
     recipe = loaded("guard.protected_drop=2").recipe
-    assert _chosen(recipe, journal, trials).number == 1
+    assert _chosen(recipe, finals) == "1.1"
     strict = loaded("guard.protected_drop=2", "guard.target_at_most=10").recipe
-    with pytest.raises(GuardError, match=r"none of 3 finalists .* trial 1: target refusals are 20"):
-        _chosen(strict, journal, trials)
+    with pytest.raises(GuardError, match=r"none of 5 finalists .* trial 1.1: target refusals are"):
+        _chosen(strict, finals)
+    apart = {name: finals[name] for name in ("base", "3")}
+    with pytest.raises(GuardError, match=r"none of 1 finalists .* 3: KL 2.5000, 2 allowed"):
+        _chosen(recipe, apart)
+    with pytest.raises(GuardError, match="no trial is within the limit of 2 nats"):
+        _chosen(recipe, {"base": finals["base"]})
 
 
 def test_a_journal_that_is_none_is_refused_and_two_searches_do_not_share_one(

@@ -18,7 +18,7 @@ JUDGES: Mapping[str, str] = {
 
 def set_name(source: PromptSource) -> str:
     """The sets that figures are of, without the folders of whoever baked."""
-    names = [one.set for one in source.sets if not one.fit_only]
+    names = [one.set for one in source.sets if one.reported]
     return "+".join(
         name.removeprefix(HUB) if name.startswith(HUB) else PurePath(name).name for name in names
     )

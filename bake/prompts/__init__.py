@@ -125,21 +125,25 @@ def split(prompts: Sequence[Prompt], limit: int | None = None) -> Splits:
     return Splits(fitted, selected, tested, sum(map(len, twins)))
 
 
-def united(sets: Sequence[Splits], fitted: Sequence[Sequence[Prompt]] = ()) -> Splits:
+def united(
+    sets: Sequence[Splits],
+    fitted: Sequence[Sequence[Prompt]] = (),
+    selected: Sequence[Sequence[Prompt]] = (),
+) -> Splits:
     """The splits of several sets that are one class, a prompt of each set in turn.
 
     Every prompt stays in the split that its own set has it in. What an earlier split has in the
     same topic or nearly the same words, from any of the sets, is left out of the later one.
-    Prompts of `fitted` are all to fit on, but for those that stand so in another split.
+    Prompts of `fitted` are all to fit on, and those of `selected` to choose by, but for those that
+    stand so in another split.
     Raises PromptError where that leaves a split empty.
     """
-    if len(sets) == 1 and not fitted:
+    if len(sets) == 1 and not fitted and not selected:
         return sets[0]
     dealt = [_dealt([getattr(one, part) for one in sets]) for part in ("fit", "select", "test")]
-    further = _dealt(fitted)
     fit, select, test = _apart(dealt)
-    held_out = (*select, *test)
-    fit = _dealt([fit, _apart([held_out, further])[1]])
+    fit = _dealt([fit, _apart([(*select, *test), _dealt(fitted)])[1]])
+    select = _dealt([select, _apart([(*fit, *test), _dealt(selected)])[1]])
     for name, part in (("fit", fit), ("select", select), ("test", test)):
         if not part:
             origin = sets[-1].fit[0].origin.rpartition(":")[0]
@@ -147,8 +151,8 @@ def united(sets: Sequence[Splits], fitted: Sequence[Sequence[Prompt]] = ()) -> S
                 f"{origin}: its topics are those of the sets before it, so no prompt is left to "
                 f"{name}; leave it out, or name its topics otherwise"
             )
-    given = sum(map(len, (*dealt, further)))
-    left_out = given - len(fit) - len(held_out) + sum(one.removed for one in sets)
+    given = sum(map(len, (*dealt, *fitted, *selected)))
+    left_out = given - len(fit) - len(select) - len(test) + sum(one.removed for one in sets)
     return Splits(fit, select, test, left_out)
 
 

@@ -44,6 +44,16 @@ class PromptSet(Section):
         description="Whether all of its prompts are fitted on, beside another set of the role that "
         "is chosen by and reported on.",
     )
+    select_only: bool = Field(
+        default=False,
+        description="Whether settings are chosen by all of its prompts, beside another set of the "
+        "role that is fitted and reported on.",
+    )
+
+    @property
+    def reported(self) -> bool:
+        """Whether it has splits of its own, and so prompts to report on."""
+        return not (self.fit_only or self.select_only)
 
     @property
     def place(self) -> Place:
@@ -75,6 +85,8 @@ class PromptSet(Section):
             for name in ("revision", "subset", "split"):
                 if getattr(self, name) is not None:
                     findings.append(((name,), f"is of a Hub dataset, which {self.set!r} is not"))
+        if self.fit_only and self.select_only:
+            findings.append((("select_only",), "contradicts fit_only; leave one out"))
         if findings:
             raise ContradictionError(findings)
         return self
@@ -163,11 +175,10 @@ class PromptRoles(Section):
         seen: list[tuple[str, PromptSet]] = []
         for role in type(self).model_fields:
             source: PromptSource | None = getattr(self, role)
-            if source and all(one.fit_only for one in source.sets):
-                message = (
-                    "nothing would be left to report on; add a set that is not fitted on alone"
-                )
-                findings.append(((role, "fit_only"), message))
+            if source and not any(one.reported for one in source.sets):
+                key = "fit_only" if source.fit_only else "select_only"
+                message = f"nothing would be left to report on; add a set without {key}"
+                findings.append(((role, key), message))
         for role in ("target", "protected", "lookalike", "refused", "general"):
             source = getattr(self, role)
             for number, found in enumerate(source.sets if source else ()):

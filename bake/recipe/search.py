@@ -151,6 +151,11 @@ class Search(Section):
     finalists: Count = Field(
         default=8, description="Trials whose answers are written in full and judged."
     )
+    refine: Space = Field(
+        default={},
+        description="Keys with lists of choices, what is too dear for every trial: each "
+        "combination of them is tried on the best finalist, and judged as finalists are.",
+    )
 
     @model_validator(mode="after")
     def _open_keys(self) -> "Search":
@@ -165,7 +170,10 @@ class Search(Section):
             ]
         places: list[tuple[tuple[str | int, ...], Space]] = [(("space",), self.space)]
         places += [(("alternatives", n), one) for n, one in enumerate(self.alternatives)]
-        for place, space in places:
+        for key, parameter in self.refine.items():
+            if parameter.choices is None:
+                findings.append((("refine", key), "give a list of choices: each of them is tried"))
+        for place, space in [*places, (("refine",), self.refine)]:
             for key in space:
                 if refusal := _refusal(key):
                     findings.append(((*place, key), refusal))

@@ -26,10 +26,10 @@ from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe, Search
 from bake.search.captured import Captured, check_memory
-from bake.search.journal import VERSION, Answered
+from bake.search.journal import VERSION, Answered, Final
 from bake.search.proxy import Proxy
 from bake.search.space import Corner, Point, corners, refused, with_point
-from bake.search.trial import Figures, Trial, behind_front, excess
+from bake.search.trial import Figures, Trial, behind_front, excess, kl_limit
 from bake.work import Work
 
 __all__ = ["Bench"]
@@ -192,7 +192,7 @@ class Bench:
 
         And one that is no match for the `finished` trials says so, and is looked at no further.
         """
-        guard, most = self._recipe.guard, self._search.kl_at_most
+        guard, most = self._recipe.guard, kl_limit(self._recipe)
         over: Mapping[str, float] = {}
         stopped = ""
 
@@ -203,32 +203,36 @@ class Bench:
             return bool(stopped)
 
         try:
-            found = with_point(self._recipe, point)
-        except ValueError as error:
-            return Trial(number, values, point, failed=str(error))
-        try:
-            plan = self.plan(found)
-            interventions = self.captured.interventions(found, plan)
-            begin = lowest(plan)
-            if any(one.figures for one in finished):
-                figures = self.proxy.screened(interventions, begin, enough)
-                if stopped and figures:
-                    why = f"{stopped}, by the last tokens alone"
-                    return Trial(number, values, point, figures, over, stopped=why)
-            figures = self.proxy.figures(interventions, begin, enough)
-            if len(figures.refusals) == len(self.prompts):
-                stopped = ""
+            figures = self.proxy.figures(*self._fitted(point), enough)
         except BakeError as error:
             return Trial(number, values, point, failed=str(error))
+        if len(figures.refusals) == len(self.prompts):
+            stopped = ""
         return Trial(number, values, point, figures, over, stopped=stopped)
 
-    def answers(self, point: Point | None) -> Answered:
-        """Refusals by role of answers in full, of the base model or at a point."""
-        choice, marks = self._recipe.evaluate, self._recipe.judge.thinking
-        interventions: Sequence[Intervention] = ()
-        if point is not None:
+    def final(self, point: Point) -> Final:
+        """What whole prompts and answers in full say of a point, or why there is neither."""
+        try:
+            interventions, begin = self._fitted(point)
+            kl = self.proxy.divergence(interventions, begin)
+        except BakeError as error:
+            return Final(point, failed=str(error))
+        if kl > kl_limit(self._recipe):
+            return Final(point, kl)
+        return Final(point, kl, self.answers(interventions))
+
+    def _fitted(self, point: Point) -> tuple[tuple[Intervention, ...], int]:
+        """A point's interventions, and the first block that they edit (-1 for an embedding)."""
+        try:
             found = with_point(self._recipe, point)
-            interventions = self.captured.interventions(found, self.plan(found))
+        except ValueError as error:
+            raise FitError(str(error)) from error
+        plan = self.plan(found)
+        return self.captured.interventions(found, plan), lowest(plan)
+
+    def answers(self, interventions: Sequence[Intervention] = ()) -> Answered:
+        """Refusals by role of answers in full."""
+        choice, marks = self._recipe.evaluate, self._recipe.judge.thinking
         answer = partial(self.model.answer, tokens=choice.answer_tokens, batch_size=choice.batch)
         thinking = Thinking(marks.begin, marks.end)
         with steered(self.model, interventions):

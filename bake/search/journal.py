@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,31 @@ from filelock import FileLock, Timeout
 from bake.cache import cache_folder
 from bake.errors import OutputError
 from bake.evaluate import Rate
+from bake.search.space import Point
 from bake.search.trial import Figures, Trial
 
-__all__ = ["VERSION", "Answered", "SearchJournal", "journal_path"]
+__all__ = ["BASE", "VERSION", "Answered", "Final", "SearchJournal", "journal_path"]
 
-VERSION = 2  # of the lines, and of what decides how far a trial is looked at
+VERSION = 3  # of the lines, and of what decides how far a trial is looked at
 
 # Refusals by role of answers that were written in full.
 Answered = Mapping[str, Rate]
+
+BASE = "base"  # The base model's name among the finals.
+
+
+@dataclass(frozen=True)
+class Final:
+    """What is known of a point that may be chosen.
+
+    `kl` is that of whole prompts. Where it breaks its limit, or `failed` says why there is none,
+    no answers are written.
+    """
+
+    point: Point
+    kl: float = 0.0
+    answered: Answered = field(default_factory=dict)
+    failed: str = ""
 
 
 def journal_path(run: str) -> Path:
@@ -32,16 +50,17 @@ def journal_path(run: str) -> Path:
 
 
 class SearchJournal:
-    """What is finished of a search: base figures, trials, and answers in full.
+    """What is finished of a search: base figures, trials, and finals.
 
-    `answered` is by the number of the trial, and None for the base model.
+    `finals` are by name: `base`, the number of a trial, and `96.2` for the second refinement of
+    trial 96.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.base: Figures | None = None
         self.trials: list[Trial] = []
-        self.answered: dict[int | None, Answered] = {}
+        self.finals: dict[str, Final] = {}
         self.prompts: Mapping[str, Mapping[str, str]] = {}
         self._size = 0
         self._load()
@@ -70,10 +89,9 @@ class SearchJournal:
         """A finished trial."""
         self._write({"trial": trial.as_json()})
 
-    def answer(self, number: int | None, found: Answered) -> None:
-        """What a trial, or the base model, answered in full."""
-        rates = {role: vars(rate) for role, rate in found.items()}
-        self._write({"answered": number, "refusals": rates})
+    def end(self, name: str, found: Final) -> None:
+        """What is known of a final."""
+        self._write({"final": name, **asdict(found)})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
@@ -107,11 +125,12 @@ class SearchJournal:
                 ) from error
             self._size += len(line)
 
-    def _take(self, line: Mapping[str, Any]) -> None:
+    def _take(self, line: dict[str, Any]) -> None:
         if "trial" in line:
             self.trials.append(Trial.from_json(line["trial"]))
-        elif "answered" in line:
-            rates = {role: Rate(**rate) for role, rate in line["refusals"].items()}
-            self.answered[line["answered"]] = rates
+        elif "final" in line:
+            name = line.pop("final")
+            rates = {role: Rate(**rate) for role, rate in line.pop("answered").items()}
+            self.finals[name] = Final(answered=rates, **line)
         else:
             self.prompts, self.base = line["prompts"], Figures(**line["base"])

@@ -63,23 +63,29 @@ class Proxy:
     ) -> Figures:
         """The figures under interventions that begin in block `lowest`, or -1 before the first.
 
-        Those of the roles up to the one of which `enough` says that no further one is needed.
-        Raises FitError where the steered model gives no finite numbers.
+        Steered at the prompts' last tokens alone, where the model keeps what is before them. Those
+        of the roles up to the one of which `enough` says that no further one is needed. Raises
+        FitError where the steered model gives no finite numbers.
         """
+        with steered(self._model, interventions):
+            found = self._figures(self._behind.screened(lowest - 1), enough)
+        return found or self.whole(interventions, lowest, enough)
+
+    def whole(
+        self,
+        interventions: Sequence[Intervention],
+        lowest: int,
+        enough: Callable[[Figures], bool] = lambda _: False,
+    ) -> Figures:
+        """As `figures`, steered at whole prompts."""
         with steered(self._model, interventions):
             found = self._figures(self._behind.last(lowest - 1), enough)
         assert found is not None
         return found
 
-    def screened(
-        self,
-        interventions: Sequence[Intervention],
-        lowest: int,
-        enough: Callable[[Figures], bool],
-    ) -> Figures | None:
-        """As `figures`, steered at the prompts' last tokens alone; None where that is not known."""
-        with steered(self._model, interventions):
-            return self._figures(self._behind.screened(lowest - 1), enough)
+    def divergence(self, interventions: Sequence[Intervention], lowest: int) -> float:
+        """KL of `Figures`, steered at whole prompts."""
+        return self.whole(interventions, lowest, lambda _: True).kl
 
     def _figures(
         self,

@@ -1,6 +1,7 @@
 """A search: trials on hooks by the first token, full answers of the best, the chosen recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from bake.errors import FitError, GuardError, InputError, RecipeError
@@ -8,10 +9,10 @@ from bake.progress import note, progress
 from bake.recipe import LoadedRecipe, Recipe, Search
 from bake.search.bench import Bench
 from bake.search.draw import drawn, need_optuna
-from bake.search.journal import SearchJournal, journal_path
+from bake.search.journal import BASE, Final, SearchJournal, journal_path
 from bake.search.shown import SPLIT, about, broken, table, told
-from bake.search.space import Point, with_point
-from bake.search.trial import Trial, finalists, front
+from bake.search.space import refinements, with_point
+from bake.search.trial import front, kl_limit, ranked
 from bake.search.written import write_recipe
 from bake.staging import check_file
 
@@ -43,12 +44,12 @@ def search_to_file(
         if journal.trials:
             note(f"search: {len(journal.trials)} trials are finished already, in {journal.path}")
         _try(bench, journal, search)
-        candidates = _answer(bench, journal, search)
+        finals = _end(bench, journal, search)
         show(table(recipe, journal))
-        chosen = _chosen(recipe, journal, candidates)
-    found = with_point(recipe, chosen.point)
-    write_recipe(found, about(recipe, journal, chosen), output, overwrite)
-    show(f"\nchosen: trial {chosen.number}\nwritten: {output}")
+        chosen = _chosen(recipe, finals)
+    found = with_point(recipe, finals[chosen].point)
+    write_recipe(found, about(recipe, finals, chosen), output, overwrite)
+    show(f"\nchosen: trial {chosen}\nwritten: {output}")
     bench.forget()
     return found
 
@@ -94,38 +95,59 @@ def _try(bench: Bench, journal: SearchJournal, search: Search) -> None:
         raise FitError(f"search: no trial could be fitted; the last: {journal.trials[-1].failed}")
 
 
-def _answer(bench: Bench, journal: SearchJournal, search: Search) -> list[Trial]:
-    """Have the finalists answer in full, and the base; what the journal has is not done again."""
+def _end(bench: Bench, journal: SearchJournal, search: Search) -> dict[str, Final]:
+    """The finals by name, in their order; what the journal has is not done again.
+
+    Trials until as many as are wanted have answered in full, then every refinement of the best.
+    """
     recipe = bench.ready.recipe
-    candidates = finalists(journal.trials[: search.trials], recipe.guard, search.finalists)
-    wanted: dict[int | None, Point | None] = {None: None}
-    wanted |= {one.number: one.point for one in candidates}
-    missing = [number for number in wanted if number not in journal.answered]
-    with progress("answers in full", len(missing), bool(missing)) as update:
-        for number in missing:
-            journal.answer(number, bench.answers(wanted[number]))
-            update(1)
-    return candidates
+    finals: dict[str, Final] = {}
+    refined = refinements(recipe)
+    with progress("answers in full", 1 + search.finalists + len(refined)) as update:
+
+        def ended(name: str, found: Callable[[], Final]) -> None:
+            if name not in journal.finals:
+                journal.end(name, found())
+            finals[name] = journal.finals[name]
+            update(bool(finals[name].answered))
+
+        ended(BASE, lambda: Final({}, 0.0, bench.answers()))
+        for one in ranked(journal.trials[: search.trials], recipe.guard):
+            if sum(bool(final.answered) for final in finals.values()) > search.finalists:
+                break
+            if one.excess["kl"] <= 0:
+                ended(str(one.number), partial(bench.final, one.point))
+        best = _best(recipe, finals)
+        for number, values in enumerate(refined if best else (), 1):
+            ended(f"{best}.{number}", partial(bench.final, {**finals[best].point, **values}))
+    return finals
 
 
-def _chosen(recipe: Recipe, journal: SearchJournal, candidates: Sequence[Trial]) -> Trial:
-    """The finalist within the guard with the best target, or the smaller divergence where equal.
+def _best(recipe: Recipe, finals: Mapping[str, Final]) -> str:
+    """The final with the best target that breaks the least, or the one with the smaller divergence.
 
-    Raises GuardError with what the best of the others breaks.
+    Empty where none has answered.
     """
     up = recipe.guard.target_at_least is not None
 
-    def rank(one: Trial) -> tuple[float, float, int]:
-        assert one.figures is not None
-        target = journal.answered[one.number]["target"].percent
-        return (-target if up else target), one.figures.kl, one.number
+    def rank(name: str) -> tuple[int, float, float]:
+        target = finals[name].answered["target"].percent
+        return len(broken(recipe, finals, name)), -target if up else target, finals[name].kl
 
-    ranked = sorted(candidates, key=rank)
-    kept = [one for one in ranked if not broken(recipe, journal, one.number)]
-    if kept:
-        return kept[0]
-    nearest = min(ranked, key=lambda one: len(broken(recipe, journal, one.number).split(";")))
-    raise GuardError(
-        f"search: none of {len(ranked)} finalists meets the guard on the {SPLIT}; trial "
-        f"{nearest.number}: {broken(recipe, journal, nearest.number)}"
-    )
+    answered = (name for name, one in finals.items() if name != BASE and one.answered)
+    return min(answered, key=rank, default="")
+
+
+def _chosen(recipe: Recipe, finals: Mapping[str, Final]) -> str:
+    """The best final. Raises GuardError with what it breaks."""
+    best = _best(recipe, finals) or list(finals)[-1]
+    if best == BASE:
+        raise GuardError(
+            f"search: no trial is within the limit of {kl_limit(recipe):g} nats; open less strength"
+        )
+    if limits := broken(recipe, finals, best):
+        raise GuardError(
+            f"search: none of {len(finals) - 1} finalists meets the guard on the {SPLIT}; trial "
+            f"{best}: {'; '.join(limits)}"
+        )
+    return best

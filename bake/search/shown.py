@@ -1,12 +1,12 @@
 """What a person reads of a search: the table, the line of a trial, the head of the recipe."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from bake.aligned import aligned
 from bake.evaluate import breaches
 from bake.recipe import Recipe
-from bake.search.journal import SearchJournal
-from bake.search.trial import Trial, front
+from bake.search.journal import BASE, Final, SearchJournal
+from bake.search.trial import Trial, front, kl_limit
 
 __all__ = ["SPLIT", "about", "broken", "table", "told"]
 
@@ -14,7 +14,7 @@ SPLIT = "select split"
 
 
 def table(recipe: Recipe, journal: SearchJournal) -> str:
-    """The front of the trials by the first token, then what the finalists answered in full."""
+    """The front of the trials by the first token, then what is known of the finals."""
     assert recipe.search is not None
     trials = journal.trials[: recipe.search.trials]
     if journal.base is None:
@@ -32,23 +32,25 @@ def table(recipe: Recipe, journal: SearchJournal) -> str:
         f"{failed} without a fit):",
         aligned(rows),
     ]
-    if journal.answered:
-        rows = [("trial", *roles, "")]
-        for number, found in journal.answered.items():
-            cells = [str(found[role]) for role in roles]
-            name = "base" if number is None else str(number)
-            limits = "" if number is None else broken(recipe, journal, number)
-            rows.append((name, *cells, limits))
-        lines += ["", f"answers in full, {SPLIT}:", aligned(rows)]
+    if journal.finals:
+        rows = [("trial", *roles, "KL", "")]
+        for name, found in journal.finals.items():
+            cells = [str(found.answered[role]) if found.answered else "" for role in roles]
+            limits = () if name == BASE else broken(recipe, journal.finals, name)
+            rows.append((name, *cells, f"{found.kl:.4f}", "; ".join(limits)))
+        lines += ["", f"answers in full and KL of whole prompts, {SPLIT}:", aligned(rows)]
     return "\n".join(lines)
 
 
-def broken(recipe: Recipe, journal: SearchJournal, number: int) -> str:
-    """What of the guard a finalist breaks; empty where nothing."""
-    before, after = journal.answered[None], journal.answered[number]
-    start = f"guard, {SPLIT}: "
-    lines = breaches(recipe.guard, before, after, SPLIT)
-    return "; ".join(line.removeprefix(start) for line in lines)
+def broken(recipe: Recipe, finals: Mapping[str, Final], name: str) -> list[str]:
+    """What forbids to choose a final, a line each."""
+    before, found = finals[BASE], finals[name]
+    if found.failed:
+        return [found.failed]
+    if found.kl > (limit := kl_limit(recipe)):
+        return [f"KL {found.kl:.4f}, {limit:g} allowed"]
+    lines = breaches(recipe.guard, before.answered, found.answered, SPLIT)
+    return [line.removeprefix(f"guard, {SPLIT}: ") for line in lines]
 
 
 def told(one: Trial) -> str:
@@ -66,14 +68,14 @@ def _row(one: Trial, roles: Iterable[str]) -> tuple[str, ...]:
     return (str(one.number), *cells, f"{one.figures.kl:.4f}", setting)
 
 
-def about(recipe: Recipe, journal: SearchJournal, chosen: Trial) -> str:
+def about(recipe: Recipe, finals: Mapping[str, Final], chosen: str) -> str:
     """What the written recipe says of where it comes from."""
-    assert recipe.search is not None and chosen.figures is not None
-    before, after = journal.answered[None], journal.answered[chosen.number]
+    assert recipe.search is not None
+    before, after = finals[BASE].answered, finals[chosen].answered
     rows = [(role, f"{before[role]} -> {after[role]}") for role in after]
     return (
         f"{recipe.description or recipe.name}\n"
-        f"Chosen by bake search: trial {chosen.number} of {recipe.search.trials}, refusals of the "
+        f"Chosen by bake search: trial {chosen} of {recipe.search.trials}, refusals of the "
         f"{SPLIT} before and after:\n{aligned(rows)}\n"
-        f"first-token KL on general prompts {chosen.figures.kl:.4f}"
+        f"first-token KL on general prompts {finals[chosen].kl:.4f}"
     )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,7 +14,16 @@ from bake.recipe.errors import explain
 from bake.recipe.search import Parameter
 from bake.recipe.yaml import parse, with_value
 
-__all__ = ["Corner", "Point", "corners", "plain_values", "spaces", "value_of", "with_point"]
+__all__ = [
+    "Corner",
+    "Point",
+    "corners",
+    "plain_values",
+    "refinements",
+    "spaces",
+    "value_of",
+    "with_point",
+]
 
 # A value by its key, as `--set` takes them.
 Point = Mapping[str, object]
@@ -38,6 +48,14 @@ def spaces(recipe: Recipe) -> tuple[dict[str, Parameter], ...]:
         dict(sorted({**recipe.search.space, **one}.items(), key=lambda item: item[0].count(".")))
         for one in every
     )
+
+
+def refinements(recipe: Recipe) -> list[Point]:
+    """Every combination of the choices of `search.refine`; none where it is empty."""
+    assert recipe.search is not None
+    refine = recipe.search.refine
+    choices = [one.choices or () for one in refine.values()]
+    return [dict(zip(refine, found, strict=True)) for found in product(*choices)] if refine else []
 
 
 def plain_values(recipe: Recipe) -> dict[str, Any]:
@@ -78,7 +96,7 @@ def ends(parameter: Parameter) -> list[object]:
 
 
 def corners(loaded: LoadedRecipe) -> Iterator[Corner]:
-    """Every end and choice of every key, every other key at its first.
+    """Every end and choice of every key, every other key at its first; and every refinement.
 
     Raises RecipeError with the place of a value that makes no recipe there.
     """
@@ -95,6 +113,14 @@ def corners(loaded: LoadedRecipe) -> Iterator[Corner]:
                 except ValueError as error:
                     raise refused(loaded, (*place, key), f"{value}: {error}") from error
                 yield Corner((*place, key), key, value, found)
+        for values in refinements(recipe):
+            shown = ", ".join(f"{key}={value}" for key, value in values.items())
+            place = ("search", "refine")
+            try:
+                found = with_point(recipe, {**first, **values})
+            except ValueError as error:
+                raise refused(loaded, place, f"{shown}: {error}") from error
+            yield Corner(place, "refine", shown, found)
 
 
 def refused(loaded: LoadedRecipe, place: tuple[str | int, ...], message: str) -> RecipeError:

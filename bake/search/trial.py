@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from bake.evaluate import limits
-from bake.recipe import Guard
+from bake.recipe import Guard, Recipe
 from bake.search.space import Point
 
 __all__ = [
@@ -14,9 +15,10 @@ __all__ = [
     "Trial",
     "behind_front",
     "excess",
-    "finalists",
     "front",
+    "kl_limit",
     "objectives",
+    "ranked",
     "violated",
 ]
 
@@ -80,13 +82,19 @@ def violated(excess: Mapping[str, float]) -> float:
     return sum(max(0.0, one) * scale.get(role, 1.0) for role, one in excess.items())
 
 
+def kl_limit(recipe: Recipe) -> float:
+    """The lower of two limits on the divergence: the recipe's guard may have one."""
+    assert recipe.search is not None
+    most = recipe.search.kl_at_most
+    return min(most, recipe.guard.divergence_at_most or most)
+
+
 def excess(guard: Guard, kl_at_most: float, base: Figures, now: Figures) -> dict[str, float]:
     """How far each limit is exceeded, below 0 where it is not.
 
-    Of the two on the divergence the lower counts: the recipe's guard may have one. What the guard
-    asks of the target is a limit too: a front that is nowhere near it would be of no use.
+    What the guard asks of the target is a limit too: a front that is nowhere near it would be of
+    no use.
     """
-    kl_at_most = min(kl_at_most, guard.divergence_at_most or kl_at_most)
     found = {
         role: round(sign * (now.refusals[role] - base.refusals[role]) - limit, DIGITS)
         for role, _, limit, sign in limits(guard)
@@ -154,29 +162,27 @@ def front(trials: Sequence[Trial], guard: Guard) -> list[Trial]:
     return found
 
 
-def finalists(trials: Sequence[Trial], guard: Guard, count: int) -> list[Trial]:
-    """The trials whose answers are written in full: of the front, then of the one behind it.
+def ranked(trials: Sequence[Trial], guard: Guard) -> list[Trial]:
+    """All trials with figures, in the order in which they are worth their full answers.
 
-    Of a front with more than are wanted there are as many: half of them the best by target, the
-    others evenly spread over the rest. Where too few trials are allowed those follow that break
-    the limits least.
+    Of the front in turn the best by target that is left, and one that halves the widest part of
+    it; then of the front behind that, and in the end those that break the limits least.
     """
     found: list[Trial] = []
     left = [one for one in trials if one.figures is not None]
-    while len(found) < count and (nearest := front(left, guard)):
-        best = (count - len(found) + 1) // 2
-        found += nearest[:best]
-        found += _spread(nearest[best:], count - len(found))
+    while nearest := front(left, guard):
+        places = chain.from_iterable(zip(range(len(nearest)), _spread(len(nearest)), strict=True))
+        found += [nearest[place] for place in dict.fromkeys(places)]
         numbers = {one.number for one in nearest}
         left = [one for one in left if one.number not in numbers]
-    others = [one for one in left if not one.allowed]
-    others.sort(key=lambda one: (bool(one.stopped), one.violation))
-    return found + others[: count - len(found)]
+    left.sort(key=lambda one: (bool(one.stopped), one.violation))
+    return found + left
 
 
-def _spread(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """As many of the trials, from the first to the last of them."""
-    if len(trials) <= count:
-        return list(trials)
-    steps = max(1, count - 1)
-    return [trials[n * (len(trials) - 1) // steps] for n in range(count)]
+def _spread(count: int) -> list[int]:
+    """The places 0 to count - 1: the ends, then what is farthest from those before it."""
+    found = [0, count - 1][:count]
+    while len(found) < count:
+        others = [place for place in range(count) if place not in found]
+        found.append(max(others, key=lambda place: min(abs(place - one) for one in found)))
+    return found
