@@ -12,10 +12,10 @@ and that answers have no common beginning, which it would look for. bake searche
 whole space, and looks at as many harmful requests and look-alikes besides.
 
 A trial is timed from the end of the one before it, so the first one of each is left out; start,
-fit and bake's answers in full are in the seconds of the whole process. Then prompts of the `test`
-split are answered and judged by the same code: by bake's choice, baked, and by at most `--front`
-models spread over heretic's Pareto front, saved by itself. KL is KL(base || model) in nats at the
-first token of answers to general test prompts.
+fit, and bake's finals, of which the recipe's refinements are no trials, are in the seconds of the
+whole process. Then prompts of the `test` split are answered and judged by the same code: by bake's
+choice, baked, and by at most `--front` models spread over heretic's Pareto front, saved by itself.
+KL is KL(base || model) in nats at the first token of answers to general test prompts.
 
 One look-alike or general answer of `--prompts` is more than the recipe's limits allow, so this
 search allows one of each (`guard.lookalike_rise`, `guard.general_rise`). What is finished stays in

@@ -143,7 +143,8 @@ def _chosen(recipe: Recipe, finals: Mapping[str, Final]) -> str:
     best = _best(recipe, finals) or list(finals)[-1]
     if best == BASE:
         raise GuardError(
-            f"search: no trial is within the limit of {kl_limit(recipe):g} nats; open less strength"
+            f"search: no trial is within the limit of {kl_limit(recipe):g} nats; open smaller "
+            "strengths"
         )
     if limits := broken(recipe, finals, best):
         raise GuardError(
