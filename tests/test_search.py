@@ -134,7 +134,7 @@ def journals(cache: Path) -> list[bytes]:
         ("search.space={edits.0.kernel: [null]}", "unknown key 'kernel'"),
         ("search.refine={edits.0.ridge: {low: 1, high: 2}}", "each of them is tried"),
         ("search.refine={guard.protected_drop: [1, 50]}", "is not searched"),
-        ("search.refine={edits.0.layers: [1-40]}", "search.refine: edits.0.layers=1-40: "),
+        ("search.refine={edits.0.layers: [1-40]}", "search.refine.edits.0.layers: 1-40: "),
         ("search=null", "search: this recipe leaves nothing open"),
     ],
 )
@@ -152,15 +152,17 @@ def test_a_contradiction_is_one_line_and_nothing_is_loaded(
     assert not output.exists()
 
 
-def test_fit_keys_and_a_file_of_directions_contradict(tmp_path: Path, bake: Run) -> None:
+@pytest.mark.parametrize("part", ["space", "refine"])
+def test_fit_keys_and_a_file_of_directions_contradict(tmp_path: Path, bake: Run, part: str) -> None:
     bake("fit", "--recipe", "recipe.yaml", "--output", str(tmp_path / "d.safetensors"))
     change = f"directions={tmp_path / 'd.safetensors'}"
     code, _, err = bake(
         *("search", "--recipe", "recipe.yaml", "--set", change),
-        *("--set", "search.space={fit.estimator: [rmd]}", "--output", str(tmp_path / "c.yaml")),
+        *("--set", "search.space={edits.0.ridge: [0.1]}", "--set", "search.refine={}"),
+        *("--set", f"search.{part}={{fit.estimator: [rmd]}}", "--output", str(tmp_path / "c.yaml")),
     )
     assert code == 1
-    assert "directions are those of" in err
+    assert f"search.{part}.fit.estimator: directions are those of" in err
 
 
 def test_what_is_whole_comes_before_its_parts_and_alternatives_are_apart() -> None:

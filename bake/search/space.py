@@ -120,7 +120,7 @@ def corners(loaded: LoadedRecipe) -> Iterator[Corner]:
                 found = with_point(recipe, {**first, **values})
             except ValueError as error:
                 raise refused(loaded, place, f"{shown}: {error}") from error
-            yield Corner(place, "refine", shown, found)
+            yield from (Corner((*place, key), key, value, found) for key, value in values.items())
 
 
 def refused(loaded: LoadedRecipe, place: tuple[str | int, ...], message: str) -> RecipeError:
