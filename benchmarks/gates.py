@@ -22,6 +22,8 @@ and the KL. At the openness of `--answers` further sets are asked, and whole ans
 | `alphasteer` | AlphaSteer (arXiv:2506.07022), by a hook |
 | `cast` | CAST (arXiv:2409.05907), by a hook |
 
+`--every` prints a method's other settings too; nothing is chosen by that.
+
 Rank-one gates are fitted at strength 1.75, where those in order see each other, and then scaled;
 those of `both` at the recipe's own, which is 1 here.
 """
@@ -31,7 +33,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from math import log
 from pathlib import Path
 
@@ -94,6 +96,7 @@ def main() -> None:
     arguments.add_argument("--answers", default="5", help="of these, where answers are written")
     arguments.add_argument("--prompts", type=int, default=48, help="test prompts of each set")
     arguments.add_argument("--answered", type=int, default=40, help="of these, with answers")
+    arguments.add_argument("--every", action="store_true", help="every setting of a method")
     arguments.add_argument("--json", type=Path)
     chosen = arguments.parse_args()
     torch.set_num_threads(2)
@@ -101,7 +104,7 @@ def main() -> None:
         [float(one) for one in text.split(",") if one] for text in (chosen.target, chosen.answers)
     )
     bench = Bench(chosen.prompts, chosen.answered)
-    found = printed(bench.rows(chosen.only or METHODS, wanted, answers))
+    found = printed(bench.rows(chosen.only or METHODS, wanted, answers, chosen.every))
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
@@ -243,17 +246,21 @@ class Bench:
         self._seen: dict[tuple[int, ...], Tensor] = {}
 
     def rows(
-        self, methods: Iterable[str], wanted: Sequence[float], answers: Sequence[float]
+        self,
+        methods: Iterable[str],
+        wanted: Sequence[float],
+        answers: Sequence[float],
+        every: bool = False,
     ) -> Iterator[Row]:
-        """Without steering, and each method at each openness."""
+        """Without steering, and each method's best setting, or every one, at each openness."""
         none = {"method": "none", "asked": "", "settings": "", "strength": "", "on select": ""}
         more = (_shown(self.asked("further").bare()) | self._refused()) if answers else {}
         yield none | _shown(self.asked("test").bare()) | more
         for method in methods:
             ways = METHODS[method](self)
             curves = {way: self._openness(way, min(*wanted, CHOSEN)) for way in ways}
-            way = self._best(curves)
-            for one in wanted:
+            chosen = curves if every else [self._best(curves)]
+            for way, one in product(chosen, wanted):
                 strength = curves[way].strength(one, REFINED)
                 yield {
                     "method": method,
