@@ -321,7 +321,7 @@ class Bench:
 
     def _merit(self, way: Way, openness: Openness) -> tuple[bool, float, float]:
         """By what one way is better than another."""
-        figures = self.asked("others", way.whole).under(way, openness.strength(CHOSEN))
+        figures = self.asked("others", way.whole).under(way, openness.strength(CHOSEN, REFINED))
         return openness.reaches(CHOSEN), round(figures["protected"], 1), -figures["KL"]
 
     def _refused(self, way: Way | None = None, strength: float = 0.0) -> Row:

@@ -33,8 +33,8 @@ from bake.judge.cache import Replies
 from bake.judge.chat import ChatJudge, Server
 from bake.model import LiveModel
 from bake.prompts import Prompt
-from bake.recipe import Guard
-from bake.search.trial import Figures, excess
+from bake.recipe import Guard, load_recipe
+from bake.search.trial import kl_limit
 from tests.chat_server import Serve, reply
 from tests.tiny import write_tiny
 
@@ -248,9 +248,10 @@ def test_the_guard_limits_divergence_and_perplexity() -> None:
         "guard: perplexity of held-out text rose by 5.0 % (20.00 to 21.00), 2 % allowed",
     ]
     # A search keeps to it, too.
-    base, now = Figures({"protected": 90.0}, 0.0), Figures({"protected": 90.0}, 0.06)
-    assert excess(guard, 0.1, base, now)["kl"] == pytest.approx(0.01)
-    assert excess(Guard(), 0.1, base, now)["kl"] == pytest.approx(-0.04)
+    keys = ["search.kl_at_most=0.1"]
+    assert kl_limit(load_recipe("political-open", overrides=keys).recipe) == 0.1
+    keys.append("guard.divergence_at_most=0.05")
+    assert kl_limit(load_recipe("political-open", overrides=keys).recipe) == 0.05
     # What is limited and was not measured is no pass, nor what is no number.
     assert drifted(guard, UNMEASURED) == [
         "guard: divergence_at_most: the divergence was not measured",
