@@ -10,14 +10,13 @@ on the prompts of the select split at their last token, what opens, and how far 
 from a clip with an exact constant.
 
 `cost` patches the demo's GGUF with rank-one gates, with one inserted block and with three, and
-prints tokens per second in llama.cpp, of a prompt and of an answer, the rounds of all files in
-turn, each round from another one on. The gates are of random numbers, which take as long. Both
+prints tokens per second in llama.cpp, of a prompt and of an answer, in the fastest of rounds of all
+files in turn, each from another one on. The gates are of random numbers, which take as long. Both
 take `--json FILE` for the rows.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ from bake.activations import Conversation, Tap, collect
 from bake.carriers.blank import blank_block
 from bake.edits import Edit
 from bake.export.layout import patch_gguf
-from bake.export.requantise import F32
 from bake.fit.labels import Labelled
 from bake.fit.ramp import ramps_of, readings, shown_classes
 from bake.fit.run import conversations_of, passages
@@ -46,6 +44,8 @@ from benchmarks.carriers import Row, printed
 
 RECIPE = "political-open"
 PROMPT = 256
+# The types in which shipped recipes write a gate's matrices.
+WRITTEN = {"rank_one": GGMLQuantizationType.Q8_0, "block": GGMLQuantizationType.F16}
 THREADS = 2
 
 
@@ -163,7 +163,7 @@ def cost(tokens: int, rounds: int) -> Iterator[Row]:
             patch_gguf(
                 *(plan, arch, base.config, GGUFFile.open(ready.gguf.path), edits),
                 files[name],
-                edited_type=F32 if gate.form == "block" else GGMLQuantizationType.Q8_0,
+                edited_type=WRITTEN[gate.form],
             )
         llamas = {
             name: LlamaModel(path, context=PROMPT + tokens, parallel=1, threads=THREADS)
@@ -188,9 +188,9 @@ def cost(tokens: int, rounds: int) -> Iterator[Row]:
     for name in files:
         row: Row = {"file": name, "layers": f"{depth / (depth + inserted[name]):.3f}"}
         for what, found in (("prompt", reading), ("answer", answering)):
-            ratios = [a / b for a, b in zip(found[name], found["base"], strict=True)]
-            row[f"{what}, tokens/s"] = f"{statistics.median(found[name]):.1f}"
-            row[f"{what}, of the base"] = f"{statistics.median(ratios):.3f}"
+            best, base_best = max(found[name]), max(found["base"])
+            row[f"{what}, tokens/s"] = f"{best:.1f}"
+            row[f"{what}, of the base"] = f"{best / base_best:.3f}"
         yield row
 
 
