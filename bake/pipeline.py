@@ -10,7 +10,8 @@ import torch
 from bake.errors import CheckpointError, GuardError
 from bake.export.conversion import Reference
 from bake.export.same_model import check_same_model
-from bake.fit.run import Fitted, fit, needs_prompts, weighed_roles
+from bake.fit.conversations import weighed_roles
+from bake.fit.run import Fitted, fit, needs_prompts, probed_apart
 from bake.journal import Journal
 from bake.judge import Judge
 from bake.judge.choice import find_judge
@@ -154,18 +155,19 @@ def fit_of(ready: Prepared, model: LiveModel, judge: Judge) -> Fitted:
     prompts = ready.part("fit", limit)
     count = len(ready.texts.fit[:limit])
     concepts = ready.concept_prompts
-    shown_once = sum(map(len, prompts.values())) + count
-    walks = sum(
-        len(step.edits)
-        for spec, step in zip(recipe.edits, plan.steps, strict=True)
-        if isinstance(spec, Gate) and spec.ordered
-    )
+    asked = sum(map(len, prompts.values()))
+    own = recipe.fit.positions.decision()
+    read_at = [*dict.fromkeys((own, *probed_apart(plan, recipe)))]
+    for spec, step in zip(recipe.edits, plan.steps, strict=True):
+        if isinstance(spec, Gate) and spec.ordered:
+            read_at += [recipe.decides(spec)] * len(step.edits)
+    # What is in front of where gates decide is shown beside it, and once what all begin with.
+    asides = sum(asked + 1 for one in read_at if one.question == "shut")
     blocks = sum(one.op == "gate" and one.form == "block" for one in recipe.edits)
-    passes = 2 + walks + 2 * blocks
+    passes = len(read_at) + 2 * blocks
     weighed = sum(len(prompts[role]) for role in weighed_roles(recipe))
-    total = passes * shown_once - count + sum(map(len, concepts.values())) + weighed
-    if recipe.fit.positions.question == "shut":
-        total += (1 + walks) * (shown_once - count + 1)
+    others = sum(map(len, concepts.values())) + weighed + asides
+    total = asked + passes * (asked + count) + others
     shown = needs_prompts(plan, recipe, ready.directions, ready.probes)
     with progress("fit", total, shown and model.work.main) as update:
         return fit(

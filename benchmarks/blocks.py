@@ -29,9 +29,9 @@ from bake.activations import Conversation, Tap, collect
 from bake.carriers.blank import blank_block
 from bake.edits import Edit
 from bake.export.layout import patch_gguf
+from bake.fit.conversations import conversations_of, passages
 from bake.fit.labels import Labelled
 from bake.fit.ramp import ramps_of, readings, shown_classes
-from bake.fit.run import conversations_of, passages
 from bake.gguf_file import GGUFFile
 from bake.llama import LlamaModel
 from bake.model import LiveModel

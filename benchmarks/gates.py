@@ -43,9 +43,9 @@ from torch import Tensor
 from bake.activations import Tap, collect
 from bake.evaluate import judged, rates
 from bake.evaluation.sets import chosen_sets
+from bake.fit.conversations import conversations_of
 from bake.fit.first_token import refusal_score
 from bake.fit.learned import Said, refusal_openings
-from bake.fit.run import conversations_of
 from bake.hooks import Intervention, steered
 from bake.judge.thinking import Thinking
 from bake.model import LiveModel

@@ -13,8 +13,9 @@ from bake.archs import find_arch
 from bake.checkpoint import Checkpoint
 from bake.errors import FitError
 from bake.fit.constant import OWN_TEXTS, OWN_TOKENS, own_text
+from bake.fit.conversations import PASSAGE_TOKENS
 from bake.fit.readout import ReadoutClass, ridge_readout
-from bake.fit.run import PASSAGE_TOKENS, fit
+from bake.fit.run import fit
 from bake.hooks import on_output
 from bake.model import Batch, LiveModel
 from bake.ops.add import Add

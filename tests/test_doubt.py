@@ -10,10 +10,10 @@ from torch import Tensor
 from bake.activations import Tap
 from bake.archs import ARCHS
 from bake.errors import FitError, RecipeError
+from bake.fit.conversations import conversations_of, passages
 from bake.fit.doubt import LEAST, doubt, effective, lead, with_doubts
 from bake.fit.labels import Labelled
 from bake.fit.ordered import fit_in_order
-from bake.fit.run import conversations_of, passages
 from bake.model import LiveModel
 from bake.prompts import Prompt
 from bake.recipe import Fit, Recipe, load_recipe

@@ -406,6 +406,21 @@ def test_a_mistake_on_line_8(tmp_path: Path, line: str, expected: str) -> None:
         ("{op: ablate, layers: 3, embeddings: true, kernel: {peak: 3, width: 2}}",
          "3:39: edits.0.embeddings: the embedding is no block, so the kernel has no strength for "
          "it; set false"),
+        ("{op: gate, layers: 3, strength: 1, positions: {templat: 1}}",
+         "3:50: edits.0.positions.templat: unknown key 'templat'; did you mean 'template'?"),
+        ("{op: gate, layers: 3, strength: 1, positions: {template: 0}}",
+         "3:60: edits.0.positions.template: expected at least 1, found 0"),
+        ("{op: gate, layers: 3, strength: 1, positions: {direction: -2}}",
+         "3:50: edits.0.positions.direction: unknown key 'direction'; the keys here are template, "
+         "answer, question"),
+        ("{op: gate, form: block, layers: 3, strength: 1, positions: {question: shut}}",
+         "3:73: edits.0.positions.question: is of form: rank_one, and form is block; leave it out"),
+        ("{op: gate, layers: 3, strength: 1, probes: f, positions: {template: 1}}",
+         "3:60: edits.0.positions: the probes are those of a file, and none is fitted; leave one "
+         "out"),
+        ("{op: add, layer: 1, strength: 1, positions: {template: 1}}",
+         "3:36: edits.0.positions: unknown key 'positions'; the keys here are op, layer, site, "
+         "strength, carrier, ridge, constant_error"),
         ("{op: add, layer: 1, strength: '3'}",
          "3:33: edits.0.strength: expected a number, found text '3'"),
     ],

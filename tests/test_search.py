@@ -135,6 +135,7 @@ def journals(cache: Path) -> list[bytes]:
         ("search.refine={edits.0.ridge: {low: 1, high: 2}}", "each of them is tried"),
         ("search.refine={guard.protected_drop: [1, 50]}", "is not searched"),
         ("search.refine={edits.0.layers: [1-40]}", "search.refine.edits.0.layers: 1-40: "),
+        ("search.space={edits.0.positions.answer: [2, 60]}", "fit.answers.tokens to the most"),
         ("search=null", "search: this recipe leaves nothing open"),
     ],
 )
@@ -332,6 +333,8 @@ def bench(place: Path) -> Iterator[Bench]:
             ],
         },
         {"edits": [{"op": "gate", "layers": [1, 2], "strength": -0.4, "ordered": True}]},
+        {"edits.0.positions.template": 1, "edits.0.positions.answer": 0},
+        {"edits.0.positions": {"question": "shut"}, "edits.0.ordered": True},
         {
             "edits": [
                 {
@@ -341,8 +344,11 @@ def bench(place: Path) -> Iterator[Bench]:
                     "strength": -1.5,
                     "protected": 0.5,
                     "closed": 80.0,
-                }
+                    "positions": {"template": 1, "answer": 0},
+                },
+                {"op": "gate", "layers": [1], "strength": -0.4, "positions": {"answer": 2}},
             ],
+            "fit.positions.direction": -2,
         },
     ],
     ids=str,
@@ -382,8 +388,8 @@ def test_what_is_held_is_counted(bench: Bench) -> None:
     """Gram matrices of 32 x 32 in float32; samples of all blocks; states, keys and values."""
     bench.captured.interventions(bench._recipe, bench.ready.plan)
     prompts = sum(map(len, bench.labels.values()))
-    places = len(bench.captured._samples)
-    assert bench.captured.held == 4 * (6 * 32**2 + places * prompts * 3 * 32)
+    places, inputs = len(bench.captured._samples), len(bench.captured._inputs)
+    assert bench.captured.held == 4 * (inputs * 32**2 + places * prompts * 3 * 32)
     general = len(bench.prompts["general"])
     behind = bench.proxy._behind
     begin, config = len(behind._prefix.ids), bench.model.model.config

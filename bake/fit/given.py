@@ -20,7 +20,7 @@ from bake.edits import Step
 from bake.errors import CheckpointError, ProbesError
 from bake.fit.kept import probe_key, ramp_key
 from bake.plan import Plan
-from bake.recipe import Gate, Recipe
+from bake.recipe import Gate, OwnDecision, Recipe
 
 __all__ = ["GivenProbes", "given_probes"]
 
@@ -57,6 +57,11 @@ def _of_file(path: Path, number: int, spec: Gate, step: Step, width: int) -> Giv
         return GivenProbes({key: file.read(name, [shape]) for name, key, shape in writers})
     count = len(spec.heights)
     if file.has(f"ramp.{spec.layers[0]}"):
+        if spec.positions != OwnDecision():
+            raise ProbesError(
+                f"edits.{number}.positions: {path} has the ramps of this gate, so none is fitted; "
+                "leave one out"
+            )
         shape = (count + 1, width)
         return GivenProbes(
             {ramp_key(number, one): file.read(f"ramp.{one}", [shape]) for one in spec.layers}

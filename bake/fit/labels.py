@@ -61,9 +61,8 @@ def labelled(
     """
     choice, marks = recipe.fit.answers, recipe.judge.thinking
     thinking = Thinking(marks.begin, marks.end)
-    tokens = max(choice.tokens, recipe.fit.positions.answer)
     starts = [tuple(model.render(prompt.text)) for prompt in prompts]
-    answers = _answers(model, choice, starts, tokens, recipe.seed, progress)
+    answers = _answers(model, choice, starts, recipe.answered, recipe.seed, progress)
     exchanges = [
         Exchange(prompt.text, spoken(start, one.ids, model.text, thinking))
         for prompt, start, several in zip(prompts, starts, answers, strict=True)

@@ -21,7 +21,7 @@ from bake.directions import Directions
 from bake.edits import Step
 from bake.errors import FitError
 from bake.fit.constant import Constant, own_text, with_constants
-from bake.fit.doubt import with_doubts
+from bake.fit.conversations import Conversations, conversations_of, passages, wanted_of
 from bake.fit.estimate import roles_of_direction, roles_shown
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.given import GivenProbes, given_probes
@@ -30,11 +30,9 @@ from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.onward import Onward
 from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
-from bake.fit.questions import questions
 from bake.fit.ramp import gate_readings, ramps_of, shown_classes
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.stream import stream_taps, watching_taps
-from bake.fit.wrmd import confidence_weight
 from bake.hooks import Intervention
 from bake.judge import Judge
 from bake.model import LiveModel
@@ -44,31 +42,26 @@ from bake.ops.gate import Gate as RankOne
 from bake.ops.gate import GateOperator
 from bake.plan import Plan, direction_layers
 from bake.prompts import Prompt, Splits
-from bake.recipe import Gate, Recipe
+from bake.recipe import Decision, Gate, Recipe
 
 __all__ = [
     "ClassRecord",
     "Fitted",
     "built",
     "check_class",
-    "conversations_of",
     "fit",
     "fit_directions",
     "needs_prompts",
     "ordered_gates",
-    "passages",
     "probed",
     "probed_apart",
     "probes",
-    "weighed_classes",
-    "weighed_roles",
 ]
 
 # Fits the ordered gates of an edit, by its number, with what is in force before it.
 InOrder: TypeAlias = Callable[[int, Gate, Step, Sequence[Intervention]], None]
 
 MINIMUM = 8
-PASSAGE_TOKENS = 96
 # The variants of an ablation that read the answered class's mean.
 READ_MEANS = frozenset({"projected", "affine"})
 
@@ -113,30 +106,36 @@ def fit(
     Raises FitError when a class has too few prompts that behave as the direction needs them.
     """
     labels: dict[str, list[Labelled]] = {}
-    conversations: dict[str, list[Conversation]] = {}
     given = given_probes(recipe, plan)
     if needs_prompts(plan, recipe, directions, given):
         labels = _labels(model, recipe, prompts, judge, progress, directions is None)
-        conversations = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
-        conversations["text"] = passages(model, texts.fit[: recipe.fit.prompts_per_class])
-    weighed = weighed_classes(model, recipe, conversations, labels, progress)
+    texts_shown = texts.fit[: recipe.fit.prompts_per_class]
+    shown = Conversations(model, recipe, labels, texts_shown, progress)
+    own = recipe.fit.positions.decision()
+    conversations = shown.at(own)
     layers = direction_layers(recipe)
     depth = model.arch.layer_count(base.config)
     seen = _candidates(recipe, layers, depth) if directions is None else ()
     place = _place(model, base, recipe, seen)
-    read = probes(model, plan, probed_apart(plan, recipe))
-    moments: dict[str, dict[Any, Moments]] = {}
-    begun = {role: Onward(model) for role in weighed}
+    apart = probed_apart(plan, recipe)
+    moments: dict[Decision, dict[str, dict[Any, Moments]]] = {}
+    begun = {role: Onward(model) for role in shown.weighed(own)}
     first = _first_ordered(recipe) if seen else None
-    for role, found in weighed.items():
-        taps = read | _stream(place, base, recipe, seen, role, found)
-        if read and role in labels and role not in roles_shown(recipe.fit):
-            taps |= watching_taps(place, seen, len(found))
-        if taps:
-            run = begun[role].to(first) if first is not None else None
-            moments[role] = collect(model, found, taps, progress=progress, run=run)
-        else:
-            progress(len(found))
+    # Where the fit looks the stream is read too, whatever gates decide there.
+    for places in dict.fromkeys((own, *apart)):
+        read = probes(model, plan, apart.get(places, ()))
+        moments[places] = {}
+        for role, found in shown.weighed(places).items():
+            taps, run = dict(read), None
+            if places == own:
+                taps |= _stream(place, base, recipe, seen, role, found)
+                if read and role in labels and role not in roles_shown(recipe.fit):
+                    taps |= watching_taps(place, seen, len(found))
+                run = begun[role].to(first) if first is not None and taps else None
+            if taps:
+                moments[places][role] = collect(model, found, taps, progress=progress, run=run)
+            else:
+                progress(len(found))
     openings: dict[str, dict[str, float]] = {}
     kept = {key: tensor for one in given.values() for key, tensor in one.kept.items()}
     errors: dict[str, Constant] = {}
@@ -144,9 +143,11 @@ def fit(
     def in_order(number: int, spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
         gates = ordered_gates(spec, step, measured(number), model.arch)
         taps = probes(model, plan, [gate.module for _, gate in gates])
+        places = recipe.decides(spec)
         found = fit_in_order(
-            *(model, gates, taps, weighed, spec.heights, spec.ridge, in_force, progress),
-            begun={} if in_force else begun,
+            *(model, gates, taps, shown.weighed(places)),
+            *(spec.heights, spec.ridge, in_force, progress),
+            begun=begun if places == own and not in_force else {},
         )
         for module, one in found.items():
             openings[opening_key(number, module)] = dict(one.openings)
@@ -155,27 +156,28 @@ def fit(
     def probe(number: int, module: str, spec: Gate) -> Tensor:
         key = probe_key(number, module)
         if not spec.ordered and spec.probes is None:
-            found = _readout(moments, module, spec)
+            by_role = moments[recipe.decides(spec)]
+            found = _readout(by_role, module, spec)
             kept[key] = found.float()
             openings[opening_key(number, module)] = {
-                role: float(found @ by_tap[module].mean) for role, by_tap in moments.items()
+                role: float(found @ by_tap[module].mean) for role, by_tap in by_role.items()
             }
         return kept[key]
 
     means: dict[int, Tensor] = {}
     if directions is None:
         sets = bare(place, concepts or {}, seen, progress)
-        evidence = Evidence(model, depth, place, labels, conversations, moments, sets)
+        evidence = Evidence(model, depth, place, labels, conversations, moments[own], sets)
         directions = directions_of(recipe, evidence, layers)
-        means = {layer: moments[recipe.fit.contrast][layer].mean.float() for layer in layers}
+        means = {layer: moments[own][recipe.fit.contrast][layer].mean.float() for layer in layers}
     used = directions.at(layers)
     for number, gate in enumerate(recipe.edits):
-        own = given.get(number, GivenProbes())
-        if not (isinstance(gate, Gate) and gate.form == "block") or own.kept:
+        of_file = given.get(number, GivenProbes())
+        if not (isinstance(gate, Gate) and gate.form == "block") or of_file.kept:
             continue
-        shown = shown_classes(conversations, labels)
+        classes = shown_classes(shown.at(recipe.decides(gate)), labels)
         reading = gate_readings(
-            *(model, base, gate, used.vectors, shown, progress), given=own.conditions
+            *(model, base, gate, used.vectors, classes, progress), given=of_file.conditions
         )
         for layer, behind in reading.items():
             name = model.arch.layer.format(layer=layer)
@@ -317,14 +319,14 @@ def probed(plan: Plan, recipe: Recipe) -> set[str]:
     }
 
 
-def probed_apart(plan: Plan, recipe: Recipe) -> set[str]:
-    """Those whose probes are fitted, each by itself on the base model."""
-    return {
-        module
-        for spec, step in zip(recipe.edits, plan.steps, strict=True)
-        if not (isinstance(spec, Gate) and (spec.ordered or spec.probes is not None))
-        for module in OPERATORS[spec.op].probed(step)
-    }
+def probed_apart(plan: Plan, recipe: Recipe) -> dict[Decision, set[str]]:
+    """Those whose probes are fitted, each by itself on the base model, by where gates decide."""
+    found: dict[Decision, set[str]] = {}
+    for spec, step in zip(recipe.edits, plan.steps, strict=True):
+        modules = OPERATORS[spec.op].probed(step)
+        if modules and isinstance(spec, Gate) and not spec.ordered and spec.probes is None:
+            found.setdefault(recipe.decides(spec), set()).update(modules)
+    return found
 
 
 def _labels(
@@ -349,10 +351,10 @@ def _labels(
 
 def check_class(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> None:
     """Raise FitError where a role makes the direction and too few prompts behave as it needs."""
-    usable = sum(one.side == _wanted(recipe, role) for one in labels)
+    usable = sum(one.side == wanted_of(recipe, role) for one in labels)
     if usable >= MINIMUM or role not in roles_of_direction(recipe.fit):
         return
-    behaviour = "refused" if _wanted(recipe, role) > 0 else "answered"
+    behaviour = "refused" if wanted_of(recipe, role) > 0 else "answered"
     neutral = sum(one.side == 0 for one in labels)
     neither = f" ({neutral} were neither)" if neutral else ""
     raise FitError(
@@ -360,37 +362,6 @@ def check_class(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> None:
         f"{behaviour} by the base model{neither}, at least {MINIMUM} are needed; "
         "give more or other prompts"
     )
-
-
-def _wanted(recipe: Recipe, role: str) -> int:
-    """The behaviour that makes a prompt one of its class: 1 refused, -1 answered."""
-    return 1 if role in (recipe.fit.refused, "protected", "refused") else -1
-
-
-def conversations_of(recipe: Recipe, role: str, labels: Sequence[Labelled]) -> list[Conversation]:
-    """The prompts with the openings of their answers, the positions that count, the weights.
-
-    A prompt that does not behave as its class does has no weight in it.
-    """
-    wanted, places = _wanted(recipe, role), recipe.fit.positions
-    found = []
-    for one in labels:
-        weight = float(one.side == wanted)
-        if weight and recipe.fit.estimator == "wrmd":
-            weight = confidence_weight(one.confidence, wanted > 0)
-        ids = (*one.start, *one.answer[: places.answer])
-        first, last = max(0, len(one.start) - places.template), len(one.start) - 1
-        found.append(Conversation(ids, last, tuple(range(first, len(ids))), weight))
-    return found
-
-
-def passages(model: LiveModel, texts: Sequence[Prompt]) -> list[Conversation]:
-    """General text without a template: every token counts, for the gates alone."""
-    found = []
-    for text in texts:
-        ids = model.tokenizer(text.text, add_special_tokens=False).input_ids[:PASSAGE_TOKENS]
-        found.append(Conversation(tuple(ids), len(ids) - 1, tuple(range(len(ids))), 0.0))
-    return found
 
 
 def probes(model: LiveModel, plan: Plan, modules: Iterable[str]) -> dict[Any, Tap]:
@@ -409,36 +380,6 @@ def probes(model: LiveModel, plan: Plan, modules: Iterable[str]) -> dict[Any, Ta
         behind = model.module(norm.module) if norm else None
         taps[module] = Tap(model.module(module), "input", "decision", "second", behind)
     return taps
-
-
-def weighed_classes(
-    model: LiveModel,
-    recipe: Recipe,
-    conversations: Mapping[str, Sequence[Conversation]],
-    labels: Mapping[str, Sequence[Labelled]],
-    progress: Callable[[int], None] = lambda _: None,
-) -> Mapping[str, Sequence[Conversation]]:
-    """The conversations as they count in the probes of rank-one gates.
-
-    If so asked, those of what a gate steers by doubt, and what is in front of where gates decide
-    as classes of their own. Raises FitError as `with_doubts`.
-    """
-    roles, found = weighed_roles(recipe), dict(conversations)
-    if not conversations:
-        return found
-    if roles:
-        found |= with_doubts(model, conversations, labels, roles, progress)
-    if recipe.fit.positions.question == "shut":
-        found |= questions({role: conversations[role] for role in labels})
-    return found
-
-
-def weighed_roles(recipe: Recipe) -> list[str]:
-    """The roles whose prompts count in probes by the model's doubt."""
-    if recipe.fit.weights == "even":
-        return []
-    gates = (edit for edit in recipe.edits if isinstance(edit, Gate))
-    return list(dict.fromkeys(role for gate in gates for role in gate.heights))
 
 
 def _place(model: LiveModel, base: Checkpoint, recipe: Recipe, layers: Sequence[int]) -> Place:
@@ -470,9 +411,14 @@ def _candidates(recipe: Recipe, layers: Sequence[int], depth: int) -> Sequence[i
 
 
 def _first_ordered(recipe: Recipe) -> int | None:
-    """The block in which the first edit's ordered gates begin; nothing in front is steered."""
+    """The block in which the first edit's ordered gates begin; nothing in front is steered.
+
+    None where they decide at positions of their own, since their passes are others.
+    """
     edit = recipe.edits[0]
-    return min(edit.layers) if isinstance(edit, Gate) and edit.ordered else None
+    if not (isinstance(edit, Gate) and edit.ordered):
+        return None
+    return min(edit.layers) if recipe.decides(edit) == recipe.fit.positions.decision() else None
 
 
 def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, spec: Gate) -> Tensor:

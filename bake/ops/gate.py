@@ -78,10 +78,13 @@ class GateOperator:
             step = block_gate_step(spec, base, arch, place, runtimes)
         else:
             step = self._writers(spec, base, arch, place)
-        if spec.probes is None:
-            return step
-        note = f"{place}: its probes are those of {spec.probes}"
-        return replace(step, notes=(*step.notes, note))
+        notes = []
+        if own := spec.positions.model_dump(exclude_none=True):
+            said = ", ".join(f"{key} {value}" for key, value in own.items())
+            notes.append(f"{place}: decides at positions of its own: {said}")
+        if spec.probes is not None:
+            notes.append(f"{place}: its probes are those of {spec.probes}")
+        return replace(step, notes=(*step.notes, *notes))
 
     def _writers(self, spec: Spec, base: Checkpoint, arch: Arch, place: str) -> Step:
         """The rank-one edits."""

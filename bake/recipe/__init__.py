@@ -7,7 +7,7 @@ errors, and all errors are reported at once as `file:line:column: path: message`
 from bake.recipe.checks import Evaluation, Guard, Verification
 from bake.recipe.edits import Ablate, Add, Gate, Kernel
 from bake.recipe.export import Conversion, Export, GGUFExport
-from bake.recipe.fit import Answers, Fit, Positions
+from bake.recipe.fit import Answers, Fit
 from bake.recipe.judge import JudgeChoice
 from bake.recipe.loading import (
     LoadedRecipe,
@@ -16,6 +16,7 @@ from bake.recipe.loading import (
     restore_recipe,
     shipped_recipes,
 )
+from bake.recipe.positions import Decision, OwnDecision, Positions
 from bake.recipe.prompts import PromptRoles, PromptSet, PromptSource
 from bake.recipe.schema import Recipe
 from bake.recipe.search import Search
@@ -25,6 +26,7 @@ __all__ = [
     "Add",
     "Answers",
     "Conversion",
+    "Decision",
     "Evaluation",
     "Export",
     "Fit",
@@ -34,6 +36,7 @@ __all__ = [
     "JudgeChoice",
     "Kernel",
     "LoadedRecipe",
+    "OwnDecision",
     "Positions",
     "PromptRoles",
     "PromptSet",

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from bake.recipe.errors import ContradictionError
+from bake.recipe.positions import OwnDecision
 from bake.recipe.section import Section
 from bake.recipe.values import Layer, Layers, Percent, Ridge, Sites, Strength, Text, Variants
 
@@ -156,6 +157,10 @@ class Gate(Section):
         default=False,
         description="form: block: whether the gate is open everywhere but on the target.",
     )
+    positions: OwnDecision = Field(
+        default=OwnDecision(),
+        description="The tokens at which it decides, where they are not those of fit.positions.",
+    )
     probes: Text | None = Field(
         default=None,
         description="A safetensors file with the gate's probes; they are fitted if null.",
@@ -183,6 +188,12 @@ class Gate(Section):
         if self.ordered and self.probes is not None:
             message = "the probes are those of a file, and none is fitted; leave one out"
             findings.append((("ordered",), message))
+        if self.positions.question is not None and self.form == "block":
+            message = "is of form: rank_one, and form is block; leave it out"
+            findings.append((("positions", "question"), message))
+        if self.positions != OwnDecision() and self.form == "rank_one" and self.probes is not None:
+            message = "the probes are those of a file, and none is fitted; leave one out"
+            findings.append((("positions",), message))
         if self.elsewhere and self.protected:
             message = "elsewhere steers protected prompts as all others; leave one out"
             findings.append((("elsewhere",), message))

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from bake.recipe.positions import Positions
 from bake.recipe.section import Section
 from bake.recipe.values import (
     BY_GRADIENT,
@@ -15,27 +16,7 @@ from bake.recipe.values import (
     SetName,
 )
 
-__all__ = ["Answers", "Fit", "Positions"]
-
-
-class Positions(Section):
-    """How many tokens of each chat the activations are taken from."""
-
-    template: int = Field(
-        default=6, ge=1, le=512, description="The last tokens of the prompt in its chat template."
-    )
-    answer: int = Field(default=10, ge=0, le=4096, description="The first tokens of the answer.")
-    question: Literal["free", "shut"] = Field(
-        default="free",
-        description="Whether rank-one gates are also shut at the prompt's tokens in front of "
-        "those; else nothing is asked of them there.",
-    )
-    direction: int = Field(
-        default=-1,
-        ge=-512,
-        le=-1,
-        description="The token that the direction is measured at, counted from the prompt's end.",
-    )
+__all__ = ["Answers", "Fit"]
 
 
 class Answers(Section):

@@ -16,6 +16,7 @@ from bake.recipe.errors import ContradictionError
 from bake.recipe.export import Export
 from bake.recipe.fit import Fit
 from bake.recipe.judge import JudgeChoice
+from bake.recipe.positions import Decision
 from bake.recipe.prompts import PromptRoles
 from bake.recipe.search import Search
 from bake.recipe.section import Section
@@ -73,6 +74,17 @@ class Recipe(Section):
     def folder(self) -> Path:
         """The output folder: `output`, or the name in the current folder."""
         return Path(self.output or self.name)
+
+    def decides(self, gate: Gate) -> Decision:
+        """Where a gate decides: at the fit's positions, but for what it has of its own."""
+        return self.fit.positions.decision(gate.positions)
+
+    @property
+    def answered(self) -> int:
+        """Tokens at most in the base model's answers: what labels need, and what gates read."""
+        gates = (self.decides(edit) for edit in self.edits if isinstance(edit, Gate))
+        read = [one.answer for one in (self.fit.positions, *gates)]
+        return max(self.fit.answers.tokens, *read)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -93,11 +93,20 @@ class Bench:
                 if corner.key.startswith("fit."):
                     message = f"directions are those of {self._recipe.directions}; leave one out"
                     raise refused(self._loaded, corner.place, message)
+        for corner, _ in self.corners:
+            if corner.recipe.answered != self._recipe.answered:
+                message = (
+                    f"{corner.value}: takes answers of {corner.recipe.answered} tokens, and all "
+                    f"trials are of one answer to each prompt, of {self._recipe.answered}; raise "
+                    "fit.answers.tokens to the most that is asked"
+                )
+                raise refused(self._loaded, corner.place, message)
         read = {
-            edit.tensor: edit
+            (places, edit.tensor): edit
             for corner, plan in self.corners
+            for places, modules in probed_apart(plan, corner.recipe).items()
             for edit in plan.edits
-            if edit.tensor.removesuffix(".weight") in probed_apart(plan, corner.recipe)
+            if edit.tensor.removesuffix(".weight") in modules
         }
         width = self.ready.plan.width
         sizes = [edit.shape[0] * edit.shape[1] // width for edit in read.values()]

@@ -14,6 +14,7 @@ from bake.checkpoint import Checkpoint
 from bake.directions import Directions
 from bake.edits import Step
 from bake.errors import BakeError, RecipeError
+from bake.fit.conversations import Conversations, conversations_of
 from bake.fit.evidence import Evidence, bare, directions_of
 from bake.fit.given import given_probes
 from bake.fit.kept import probe_key, ramp_key
@@ -25,12 +26,9 @@ from bake.fit.readout import ridge_solutions
 from bake.fit.run import (
     built,
     check_class,
-    conversations_of,
     ordered_gates,
-    passages,
     probed_apart,
     probes,
-    weighed_classes,
 )
 from bake.hooks import Intervention
 from bake.journal import hashed
@@ -40,7 +38,7 @@ from bake.placement import free_memory
 from bake.plan import Plan, direction_layers
 from bake.progress import progress
 from bake.prompts import Prompt, Splits
-from bake.recipe import Gate, Recipe
+from bake.recipe import Decision, Gate, Recipe
 
 __all__ = ["Captured", "check_memory"]
 
@@ -87,10 +85,12 @@ class Captured:
         self._concepts, self._given = concepts, directions
         self._depth = model.arch.layer_count(base.config)
         # Weights are a trial's own; what is read, and where, is the same in all of them.
-        self._shown = {role: conversations_of(recipe, role, one) for role, one in labels.items()}
-        self._texts = passages(model, texts.fit[: recipe.fit.prompts_per_class])
-        self._weighed = weighed_classes(model, recipe, self._classes, labels)
-        self._inputs: dict[str, _Inputs] = {}
+        self._own = recipe.fit.positions.decision()
+        texts_shown = texts.fit[: recipe.fit.prompts_per_class]
+        self._chats = Conversations(model, recipe, labels, texts_shown)
+        self._chats.weighed(self._own)
+        self._shown = {role: self._chats.at(self._own)[role] for role in labels}
+        self._inputs: dict[tuple[Decision, str], _Inputs] = {}
         self._readings: dict[str, dict[int, Reading]] = {}
         self._samples: dict[tuple[str, int], dict[str, dict[int, Tensor]]] = {}
         self._evidence: dict[str, Evidence] = {}
@@ -118,8 +118,9 @@ class Captured:
         def in_order(number: int, spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
             gates = ordered_gates(spec, step, measured(number), self._model.arch)
             taps = probes(self._model, plan, [gate.module for _, gate in gates])
+            shown = self._chats.weighed(recipe.decides(spec))
             fitted = fit_in_order(
-                *(self._model, gates, taps, self._weighed, spec.heights, spec.ridge, in_force)
+                *(self._model, gates, taps, shown, spec.heights, spec.ridge, in_force)
             )
             found.update({(number, module): one.probe for module, one in fitted.items()})
 
@@ -128,14 +129,15 @@ class Captured:
                 return kept[probe_key(number, module)]
             if spec.ordered:
                 return found[number, module]
-            return self._inputs[module].probe(spec.heights, spec.ridge)
+            return self._inputs[recipe.decides(spec), module].probe(spec.heights, spec.ridge)
 
         def ramps(number: int, layer: int, spec: Gate) -> Tensor:
             key = ramp_key(number, layer)
             if key in kept:
                 return kept[key]
             conditions = given[number].conditions if number in given else {}
-            return ramps_of(spec, self._readings_of(spec, vectors, conditions)[layer])[0]
+            places = recipe.decides(spec)
+            return ramps_of(spec, self._readings_of(spec, places, vectors, conditions)[layer])[0]
 
         def measured(number: int) -> Measured:
             solved = partial(probe, number), self._base, means, partial(ramps, number)
@@ -143,19 +145,19 @@ class Captured:
 
         return tuple(one for _, one in built(recipe, plan, measured, self._model.arch, in_order))
 
-    @property
-    def _classes(self) -> dict[str, Sequence[Conversation]]:
-        """Every role's conversations, and text."""
-        return {**self._shown, "text": self._texts}
-
     def _readings_of(
-        self, spec: Gate, vectors: Mapping[int, Tensor], given: Mapping[int, Tensor]
+        self,
+        spec: Gate,
+        places: Decision,
+        vectors: Mapping[int, Tensor],
+        given: Mapping[int, Tensor],
     ) -> dict[int, Reading]:
         """What a block gate's probes read, which its edges and its strength do not change."""
         unseen = [vectors[layer].tolist() for layer in spec.layers]
-        key = hashed([spec.layers, list(spec.heights), spec.ridge, unseen, spec.probes])
+        read_at = places.model_dump(mode="json")
+        key = hashed([spec.layers, list(spec.heights), spec.ridge, unseen, spec.probes, read_at])
         if key not in self._readings:
-            classes = shown_classes(self._classes, self._labels)
+            classes = shown_classes(self._chats.at(places), self._labels)
             with progress("block gates", 2 * sum(map(len, classes.values()))) as update:
                 self._readings[key] = gate_readings(
                     self._model, self._base, spec, vectors, classes, update, given
@@ -163,28 +165,37 @@ class Captured:
         return self._readings[key]
 
     def read_inputs(self, plans: Sequence[Plan], recipes: Sequence[Recipe]) -> None:
-        """Measure what the plans' probes read, where that is not known yet, in one pass a class.
+        """Measure what the plans' probes read, where that is not known yet.
 
-        The same pass gives the samples of every place where the recipes measure directions.
+        In one pass a class for all gates that decide at the same positions. Where those are the
+        fit's, it gives the samples of every place too where the recipes measure directions.
         """
-        taps: dict[Any, Any] = {}
+        taps: dict[Decision, dict[Any, Tap]] = {}
         for plan, recipe in zip(plans, recipes, strict=True):
-            missing = sorted(probed_apart(plan, recipe) - self._inputs.keys())
-            taps |= probes(self._model, plan, missing)
-        if not taps:
-            return
+            for places, modules in probed_apart(plan, recipe).items():
+                missing = [one for one in sorted(modules) if (places, one) not in self._inputs]
+                taps.setdefault(places, {}).update(probes(self._model, plan, missing))
+        for places, read in taps.items():
+            if read:
+                self._read_at(places, read, recipes)
+
+    def _read_at(
+        self, positions: Decision, taps: Mapping[Any, Tap], recipes: Sequence[Recipe]
+    ) -> None:
+        """Measure some inputs where gates decide at some positions."""
         found: dict[str, _Inputs] = {}
-        places = self._unseen(recipes)
+        weighed = self._chats.weighed(positions)
+        places = self._unseen(recipes) if positions == self._own else {}
         seen: dict[tuple[str, int], dict[str, dict[int, Tensor]]] = {key: {} for key in places}
-        with progress("gates", sum(map(len, self._weighed.values()))) as update:
-            for role, conversations in self._weighed.items():
+        with progress("gates", sum(map(len, weighed.values()))) as update:
+            for role, conversations in weighed.items():
                 streams = {
                     (key, layer): tap
                     for key, place in places.items()
                     if role in self._shown
                     for layer, tap in self._stream(place, conversations).items()
                 }
-                both = collect(self._model, conversations, taps | streams, progress=update)
+                both = collect(self._model, conversations, {**taps, **streams}, progress=update)
                 for module in taps:
                     gram = both[module].gram.float()
                     if module in found:
@@ -194,7 +205,7 @@ class Captured:
                     found[module].means[role] = both[module].mean
                 for key, layer in streams:
                     seen[key].setdefault(role, {})[layer] = both[key, layer].values
-        self._inputs |= found
+        self._inputs |= {(positions, module): one for module, one in found.items()}
         self._samples |= seen
 
     def _unseen(self, recipes: Sequence[Recipe]) -> dict[tuple[str, int], Place]:
