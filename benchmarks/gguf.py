@@ -2,6 +2,7 @@
 
     python -m benchmarks.gguf bias|lost|converted|disk [--folder DIR] [--gib N]
         [--edit gate|ablate] [--base Q8_0|Q4_K_M] [--type TYPE]
+    python -m benchmarks.gguf floor --baked DIR [--folder DIR]
 
 `bias` quantises SmolLM2 to each type with llama.cpp, adds a vector behind a block by a bias, and
 compares with the base under llama.cpp's own control vector: max |Δ logit|, and on how many
@@ -19,12 +20,19 @@ the same edits on the base. What is fitted is kept in the folder for the next ti
 `converted` prints the same of the edited checkpoint, converted by llama.cpp and quantised anew,
 against the unedited one on the same road.
 
+`floor` takes the edits of a baked folder to its base in F32 and in F16, converted by llama.cpp, and
+to its base GGUF: max |Δ logit| and the lost share of what is written in F16, against the edits in
+float32. Beside them stands how far the file with the edits in float32 is from itself where nothing
+but the rounding of a float32 changes: where it is read token by token, and with the gains of the
+first norm one float32 further.
+
 `disk` patches a synthetic Q4_K_M file of N GiB: its time beside that of `cp`, and the memory.
 """
 
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,10 +71,12 @@ from bake.hooks import Intervention, edits_by_tensor, steered
 from bake.imatrix import read_importance, write_importance
 from bake.judge.choice import find_judge
 from bake.llama import LlamaModel, _backend_log
+from bake.measure import compared_tokens, in_turn
 from bake.model import LiveModel
 from bake.plan import Plan
 from bake.prepare import Prepared, prepare
 from bake.recipe import load_recipe
+from bake.runtimes.baked import Baked
 from bake.stream import write_checkpoint
 from bake.verify import Divergence
 
@@ -98,8 +108,9 @@ PROMPTS, SEQUENCES, ANSWER = 40, 16, 16
 def main() -> None:
     """Measure and print."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("what", choices=("bias", "lost", "converted", "disk"))
+    arguments.add_argument("what", choices=("bias", "lost", "converted", "floor", "disk"))
     arguments.add_argument("--folder", type=Path)
+    arguments.add_argument("--baked", type=Path)
     arguments.add_argument("--gib", type=float, default=4.0)
     arguments.add_argument("--base", choices=tuple(CASES), action="append")
     arguments.add_argument("--edit", choices=EDITS_OF_DEMO, action="append")
@@ -117,6 +128,8 @@ def main() -> None:
             lost(folder, edits, bases, chosen.type)
         elif chosen.what == "converted":
             converted(folder, edits, bases, chosen.option)
+        elif chosen.what == "floor":
+            floor(folder, chosen.baked)
         else:
             disk(folder, chosen.gib)
 
@@ -298,6 +311,67 @@ def converted(
                 )
 
 
+def floor(folder: Path, baked: Path) -> None:
+    """How far a baked folder's edits are from themselves in llama.cpp, by the base's type."""
+    there = Baked.open(baked)
+    model = LiveModel.load(there.base.folder, there.arch, torch.float32)
+    asked = in_turn(there.prompts, there.recipe.verify.prompts)
+    sequences = compared_tokens(model, there.interventions, asked)
+    changes = moves(model, there.interventions, sequences)
+    arguments = (there.plan, there.arch, there.base.config)
+    print("base | what | max abs delta | of the effect | lost share", flush=True)
+    for name in ("f32", "f16", "its GGUF"):
+        path = there.base_gguf(None) if name == "its GGUF" else folder / f"base.{name}.gguf"
+        if not path.exists():
+            convert(find_converter(), there.base.folder, path, name, "demo")
+        base = GGUFFile.open(path)
+        written, nudged = folder / "written.gguf", folder / "nudged.gguf"
+        for one in (folder / "exact.gguf", written, nudged):
+            one.unlink(missing_ok=True)
+        exact = write_exact(*arguments, base, there.edits, folder)
+        patch_gguf(*arguments, base, there.edits, written, edited_type=Kind.F16)
+        shutil.copyfile(exact, nudged)
+        nudge(nudged, "blk.0.attn_norm.weight")
+        plain, wanted = logits(path, sequences), logits(exact, sequences)
+        moved = [one + change for one, change in zip(plain, changes, strict=True)]
+        print_distance(name, "as the checkpoint is moved", plain, moved, wanted)
+        print_distance(name, "written in F16", plain, wanted, logits(written, sequences))
+        print_distance(name, "first gains a step further", plain, wanted, logits(nudged, sequences))
+        print_distance(name, "by token", plain, wanted, by_token(exact, sequences))
+        # The base without any edit, in units of the same effect.
+        print_distance(name, "the base by token", wanted, plain, by_token(path, sequences))
+
+
+def by_token(path: Path, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """The logits of every sequence, each read token by token."""
+    with opened(path, sequences) as model:
+        return [torch.from_numpy(one_by_one(model, ids)) for ids in sequences]
+
+
+def nudge(path: Path, name: str) -> None:
+    """Write every number of a tensor in float32 as the next larger one."""
+    tensor = GGUFFile.open(path).tensors[name]
+    assert tensor.type is Kind.F32
+    held = np.memmap(path, np.float32, "r+", tensor.offset, tensor.shape)
+    held[:] = np.nextafter(held, np.float32(np.inf))
+    held.flush()
+
+
+def print_distance(
+    base: str, what: str, plain: "Logits", wanted: "Logits", found: "Logits"
+) -> None:
+    """How far logits are from those that are wanted, beside how far these are from the base's."""
+    total = Divergence()
+    for one, hooked, now in zip(plain, wanted, found, strict=True):
+        total.add(one, hooked, now)
+    share_of_effect = total.largest / total.largest_effect
+    print(
+        f"{base} | {what} | {total.largest:.2g} | {share_of_effect:.2%} of "
+        f"{total.largest_effect:.1f} | {total.lost_share:.2%}",
+        flush=True,
+    )
+
+
 Logits: TypeAlias = Sequence[torch.Tensor]
 
 
@@ -425,13 +499,20 @@ def moved(
     with steered(model, interventions):
         answers = model.answer(prompts, ANSWER)
     sequences = [[*start, *answer] for start, answer in zip(prompts, answers, strict=True)]
+    return Steering(tuple(interventions), sequences, moves(model, interventions, sequences))
+
+
+def moves(
+    model: LiveModel, interventions: Sequence[Intervention], sequences: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """What hooks move in the logits of every sequence."""
     found = []
     for ids in sequences:
         with torch.inference_mode():
             base = model.model(torch.tensor([ids])).logits[0].float()
             with steered(model, interventions):
                 found.append(model.model(torch.tensor([ids])).logits[0].float() - base)
-    return Steering(tuple(interventions), sequences, found)
+    return found
 
 
 def logits(path: Path, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
