@@ -19,7 +19,7 @@ from bake.fit.run import Fitted, fit
 from bake.model import LiveModel
 from bake.pipeline import fit_of
 from bake.plan import Plan, make_plan
-from bake.prepare import prepare
+from bake.prepare import prepare, run_of
 from bake.prompts import Prompt, Splits
 from bake.recipe import Fit, OwnDecision, Recipe, load_recipe
 from tests.test_block import WIDE
@@ -172,6 +172,21 @@ def test_a_bar_ends_where_it_was_to_end(
     ready = prepare(load_recipe("recipe.yaml", overrides=[f"edits={json.dumps(edits)}"]).recipe)
     fit_of(ready, LiveModel.load(ready.base.folder, ready.arch), ByWord(frozenset({"w1", "w2"})))
     assert totals and totals[0] == totals[1]
+
+
+def test_what_a_killed_fit_left_is_of_its_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_place(tmp_path, PLACE, ("target", "protected", "general"))
+    monkeypatch.chdir(tmp_path)
+    chosen: Sequence[Spec] = (APART, APART | {"positions": LAST}, APART | {"positions": {}})
+    first, other, same = (
+        run_of(
+            prepare(load_recipe("recipe.yaml", overrides=[f"edits={json.dumps([one])}"]).recipe), {}
+        )
+        for one in chosen
+    )
+    assert first == same != other
 
 
 def test_what_is_left_out_is_the_fits() -> None:

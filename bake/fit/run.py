@@ -143,11 +143,10 @@ def fit(
     def in_order(number: int, spec: Gate, step: Step, in_force: Sequence[Intervention]) -> None:
         gates = ordered_gates(spec, step, measured(number), model.arch)
         taps = probes(model, plan, [gate.module for _, gate in gates])
-        places = recipe.decides(spec)
         found = fit_in_order(
-            *(model, gates, taps, shown.weighed(places)),
+            *(model, gates, taps, shown.weighed(recipe.decides(spec))),
             *(spec.heights, spec.ridge, in_force, progress),
-            begun=begun if places == own and not in_force else {},
+            begun={} if in_force else begun,
         )
         for module, one in found.items():
             openings[opening_key(number, module)] = dict(one.openings)

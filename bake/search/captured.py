@@ -167,8 +167,8 @@ class Captured:
     def read_inputs(self, plans: Sequence[Plan], recipes: Sequence[Recipe]) -> None:
         """Measure what the plans' probes read, where that is not known yet.
 
-        In one pass a class for all gates that decide at the same positions. Where those are the
-        fit's, it gives the samples of every place too where the recipes measure directions.
+        In one pass a class for all gates that decide at the same positions. The first of them gives
+        the samples of every place too where the recipes measure directions.
         """
         taps: dict[Decision, dict[Any, Tap]] = {}
         for plan, recipe in zip(plans, recipes, strict=True):
@@ -185,7 +185,7 @@ class Captured:
         """Measure some inputs where gates decide at some positions."""
         found: dict[str, _Inputs] = {}
         weighed = self._chats.weighed(positions)
-        places = self._unseen(recipes) if positions == self._own else {}
+        places = self._unseen(recipes)
         seen: dict[tuple[str, int], dict[str, dict[int, Tensor]]] = {key: {} for key in places}
         with progress("gates", sum(map(len, weighed.values()))) as update:
             for role, conversations in weighed.items():
