@@ -415,6 +415,13 @@ def test_a_mistake_on_line_8(tmp_path: Path, line: str, expected: str) -> None:
          "answer, question"),
         ("{op: gate, form: block, layers: 3, strength: 1, positions: {question: shut}}",
          "3:73: edits.0.positions.question: is of form: rank_one, and form is block; leave it out"),
+        ("{op: gate, form: block, layers: 3, strength: 1, null_space: 0.5}",
+         "3:63: edits.0.null_space: is of form: rank_one, and form is block; leave it out"),
+        ("{op: gate, layers: 3, strength: 1, null_space: 1}",
+         "3:50: edits.0.null_space: expected less than 1, found 1"),
+        ("{op: gate, layers: 3, strength: 1, probes: f, null_space: 0.5}",
+         "3:61: edits.0.null_space: the probes are those of a file, and none is fitted; leave one "
+         "out"),
         ("{op: gate, layers: 3, strength: 1, probes: f, positions: {template: 1}}",
          "3:60: edits.0.positions: the probes are those of a file, and none is fitted; leave one "
          "out"),

@@ -210,6 +210,8 @@ def test_more_inputs_than_memory_holds_are_refused_with_the_number(
     monkeypatch.setenv("BAKE_MEMORY", "1GiB")
     with pytest.raises(RecipeError, match=r"2 gated writers take 2\.2 GiB and 1\.0 GiB are free"):
         check_memory("recipe.yaml", [10_000, 10_000], Checkpoint.open(Path("model")))
+    with pytest.raises(RecipeError, match=r"2 gated writers take 3\.0 GiB"):
+        check_memory("recipe.yaml", [10_000, 10_000], Checkpoint.open(Path("model")), True)
 
 
 # Trials
@@ -333,6 +335,8 @@ def bench(place: Path) -> Iterator[Bench]:
             ],
         },
         {"edits": [{"op": "gate", "layers": [1, 2], "strength": -0.4, "ordered": True}]},
+        {"edits.0.null_space": 0.4},
+        {"edits.0.null_space": 0.4, "edits.0.ordered": True},
         {"edits.0.positions.template": 1, "edits.0.positions.answer": 0},
         {"edits.0.positions": {"question": "shut"}, "edits.0.ordered": True},
         {
@@ -389,7 +393,9 @@ def test_what_is_held_is_counted(bench: Bench) -> None:
     bench.captured.interventions(bench._recipe, bench.ready.plan)
     prompts = sum(map(len, bench.labels.values()))
     places, inputs = len(bench.captured._samples), len(bench.captured._inputs)
-    assert bench.captured.held == 4 * (inputs * 32**2 + places * prompts * 3 * 32)
+    still = sum(one.still is not None for one in bench.captured._inputs.values())
+    assert still
+    assert bench.captured.held == 4 * ((inputs + still) * 32**2 + places * prompts * 3 * 32)
     general = len(bench.prompts["general"])
     behind = bench.proxy._behind
     begin, config = len(behind._prefix.ids), bench.model.model.config

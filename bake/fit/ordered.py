@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bake.activations import Conversation, Moments, Tap, samples
 from bake.fit.onward import Onward
+from bake.fit.protect import still, unread
 from bake.fit.readout import ridge_solutions
 from bake.hooks import Intervention, steered
 from bake.model import LiveModel
@@ -43,13 +44,14 @@ def fit_in_order(
     in_force: Sequence[Intervention] = (),
     progress: Callable[[int], None] = lambda _: None,
     begun: Mapping[str, Onward] = MappingProxyType({}),
+    null_space: float | None = None,
 ) -> dict[str, Ordered]:
     """The probes by module of `gates`, with their layers, in the order in which tokens pass.
 
     `taps` read the modules' inputs, `wanted` is what each class shall be read as (0 if it is
     missing), and λ is that of `ridge_readout`. `in_force` steers from the beginning. A pass of a
     writer begins at the block of the one before it, the first one where the classes in `begun`
-    are already.
+    are already. `null_space` is the share of the dimensions that probes read (`unread`).
     """
     walks = {
         role: _Walk(model, found, wanted.get(role, 0.0), begun.get(role) or Onward(model))
@@ -65,7 +67,11 @@ def fit_in_order(
             }
         gram = torch.stack([inputs.gram for inputs, _ in sums.values()]).sum(0)
         total = torch.stack([cross for _, cross in sums.values()]).sum(0)
-        probe = ridge_solutions(gram, total[None], ridge)[0]
+        unseen = None
+        if null_space is not None:
+            grams = {role: inputs.gram for role, (inputs, _) in sums.items()}
+            unseen = unread(still(grams), null_space)
+        probe = ridge_solutions(gram, total[None], ridge, unseen)[0]
         openings = {role: float(probe @ inputs.mean) for role, (inputs, _) in sums.items()}
         found[gate.module] = Ordered(probe, openings)
         fitted.append(replace(gate, probe=probe.float()))

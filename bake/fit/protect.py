@@ -1,9 +1,13 @@
-"""Keep a direction away from what must not change."""
+"""Keep a direction, or a probe, away from what must not change."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["busiest", "in_null_space", "without", "without_concepts"]
+__all__ = ["STILL", "busiest", "in_null_space", "still", "unread", "without", "without_concepts"]
+
+STILL = ("general", "text")  # the classes in whose null space a probe may be
 
 
 def without(direction: Tensor, protected: Tensor, strength: float = 1.0) -> Tensor:
@@ -38,6 +42,17 @@ def busiest(activations: Tensor, share: float) -> Tensor:
     width = activations.shape[1]
     axes: Tensor = torch.linalg.svd(activations, full_matrices=False).Vh
     return axes[: width - round(share * width)]
+
+
+def still(moments: Mapping[str, Tensor]) -> Tensor:
+    """Of the classes' E a aᵀ [d, d] the sum over those that are not to be steered at all."""
+    return torch.stack([moments[role] for role in STILL if role in moments]).sum(0)
+
+
+def unread(gram: Tensor, share: float) -> Tensor:
+    """The axes U [k, d] that a gate's probe does not read: as `busiest`, of E a aᵀ [d, d]."""
+    axes: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return axes[:, round(share * len(gram)) :].T
 
 
 def in_null_space(direction: Tensor, axes: Tensor) -> Tensor:

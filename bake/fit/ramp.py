@@ -105,14 +105,14 @@ def readings(
         rows = torch.stack(
             [*(means[role] for role in wanted), torch.stack([*means.values()]).sum(0)]
         )
-        seen = torch.eye(len(gram), dtype=gram.dtype)
+        unseen: Tensor | None = None
         if layer in blind:
-            unseen: Tensor = torch.linalg.qr(blind[layer].double().T)[0]
-            seen = seen - unseen @ unseen.T
-            gram, rows = seen @ gram @ seen, rows @ seen
-        found = ridge_solutions(gram, rows, ridge)
+            unseen = torch.linalg.qr(blind[layer].double().T)[0].T
+        found = ridge_solutions(gram, rows, ridge, unseen)
         if layer in given:
-            vectors = given[layer].double() @ seen
+            vectors = given[layer].double()
+            if unseen is not None:
+                vectors = vectors - vectors @ unseen.T @ unseen
             found[:-1] = _scaled(vectors, wanted, means, found[-1], layer)
         return found
 

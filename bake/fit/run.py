@@ -30,6 +30,7 @@ from bake.fit.labels import ClassRecord, Labelled, labelled, recorded
 from bake.fit.onward import Onward
 from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
+from bake.fit.protect import still, unread
 from bake.fit.ramp import gate_readings, ramps_of, shown_classes
 from bake.fit.readout import ReadoutClass, ridge_readout
 from bake.fit.stream import stream_taps, watching_taps
@@ -147,6 +148,7 @@ def fit(
             *(model, gates, taps, shown.weighed(recipe.decides(spec))),
             *(spec.heights, spec.ridge, in_force, progress),
             begun={} if in_force else begun,
+            null_space=spec.null_space,
         )
         for module, one in found.items():
             openings[opening_key(number, module)] = dict(one.openings)
@@ -427,4 +429,7 @@ def _readout(moments: Mapping[str, Mapping[Any, Moments]], module: str, spec: Ga
         ReadoutClass(by_tap[module].mean, by_tap[module].gram, values.get(role, 0.0))
         for role, by_tap in moments.items()
     ]
-    return ridge_readout(classes, spec.ridge)
+    if spec.null_space is None:
+        return ridge_readout(classes, spec.ridge)
+    grams = {role: by_tap[module].gram for role, by_tap in moments.items()}
+    return ridge_readout(classes, spec.ridge, unread(still(grams), spec.null_space))

@@ -143,6 +143,11 @@ class Gate(Section):
         description="Whether the probes are fitted one after another, each with the gates before "
         "it in force and on what they left; else each by itself on the base model.",
     )
+    null_space: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="The share of its input's dimensions, those where general prompts and text are "
+        "smallest, that a probe reads, so that these are not steered (AlphaSteer); all if null.",
+    )
     closed: Percent = Field(
         default=99.0,
         description="form: block: the percent of every other class's tokens, of topics that the "
@@ -177,7 +182,7 @@ class Gate(Section):
     @model_validator(mode="after")
     def _of_its_form(self) -> "Gate":
         of_form = {
-            **dict.fromkeys(("sites", "ordered"), "rank_one"),
+            **dict.fromkeys(("sites", "ordered", "null_space"), "rank_one"),
             **dict.fromkeys(("closed", "opened", "elsewhere"), "block"),
         }
         findings: list[tuple[tuple[str | int, ...], str]] = [
@@ -185,15 +190,17 @@ class Gate(Section):
             for name, form in of_form.items()
             if form != self.form and getattr(self, name) != type(self).model_fields[name].default
         ]
-        if self.ordered and self.probes is not None:
+        if self.probes is not None:
+            fitted = {
+                "ordered": self.ordered,
+                "null_space": self.null_space is not None,
+                "positions": self.form == "rank_one" and self.positions != OwnDecision(),
+            }
             message = "the probes are those of a file, and none is fitted; leave one out"
-            findings.append((("ordered",), message))
+            findings += [((name,), message) for name, chosen in fitted.items() if chosen]
         if self.positions.question is not None and self.form == "block":
             message = "is of form: rank_one, and form is block; leave it out"
             findings.append((("positions", "question"), message))
-        if self.positions != OwnDecision() and self.form == "rank_one" and self.probes is not None:
-            message = "the probes are those of a file, and none is fitted; leave one out"
-            findings.append((("positions",), message))
         if self.elsewhere and self.protected:
             message = "elsewhere steers protected prompts as all others; leave one out"
             findings.append((("elsewhere",), message))

@@ -21,6 +21,7 @@ from bake.fit.kept import probe_key, ramp_key
 from bake.fit.labels import Labelled
 from bake.fit.ordered import fit_in_order
 from bake.fit.place import Place, place_of
+from bake.fit.protect import STILL, unread
 from bake.fit.ramp import Reading, gate_readings, ramps_of, shown_classes
 from bake.fit.readout import ridge_solutions
 from bake.fit.run import (
@@ -40,7 +41,7 @@ from bake.progress import progress
 from bake.prompts import Prompt, Splits
 from bake.recipe import Decision, Gate, Recipe
 
-__all__ = ["Captured", "check_memory"]
+__all__ = ["Captured", "check_memory", "in_null_space"]
 
 # Bytes an entry of a Gram matrix takes while it is summed: one class in float64, all in float32.
 SUMMED = 12
@@ -48,19 +49,26 @@ SUMMED = 12
 
 @dataclass(eq=False)
 class _Inputs:
-    """Of a writer's inputs the sum of all classes' Gram matrices, and every class's mean."""
+    """Of a writer's inputs the sum of all classes' Gram matrices, and every class's mean.
+
+    `still` is the sum over general prompts and text, where probes are in its null space.
+    """
 
     gram: Tensor
+    still: Tensor | None = None
     means: dict[str, Tensor] = field(default_factory=dict)
-    solutions: dict[float, Tensor] = field(default_factory=dict)
+    solutions: dict[tuple[float, float | None], Tensor] = field(default_factory=dict)
 
-    def probe(self, wanted: Mapping[str, float], ridge: float) -> Tensor:
+    def probe(self, spec: Gate) -> Tensor:
         """The readout [d] of `ridge_readout`, put together from those of single classes."""
-        if ridge not in self.solutions:
-            means = torch.stack(list(self.means.values()))
-            self.solutions[ridge] = ridge_solutions(self.gram.double(), means, ridge)
-        values = torch.tensor([wanted.get(role, 0.0) for role in self.means], dtype=torch.float64)
-        return values @ self.solutions[ridge]
+        key = spec.ridge, spec.null_space
+        if key not in self.solutions:
+            means, unseen = torch.stack(list(self.means.values())), None
+            if spec.null_space is not None and self.still is not None:
+                unseen = unread(self.still.double(), spec.null_space)
+            self.solutions[key] = ridge_solutions(self.gram.double(), means, spec.ridge, unseen)
+        values = [spec.heights.get(role, 0.0) for role in self.means]
+        return torch.tensor(values, dtype=torch.float64) @ self.solutions[key]
 
 
 class Captured:
@@ -120,7 +128,8 @@ class Captured:
             taps = probes(self._model, plan, [gate.module for _, gate in gates])
             shown = self._chats.weighed(recipe.decides(spec))
             fitted = fit_in_order(
-                *(self._model, gates, taps, shown, spec.heights, spec.ridge, in_force)
+                *(self._model, gates, taps, shown, spec.heights, spec.ridge, in_force),
+                null_space=spec.null_space,
             )
             found.update({(number, module): one.probe for module, one in fitted.items()})
 
@@ -129,7 +138,7 @@ class Captured:
                 return kept[probe_key(number, module)]
             if spec.ordered:
                 return found[number, module]
-            return self._inputs[recipe.decides(spec), module].probe(spec.heights, spec.ridge)
+            return self._inputs[recipe.decides(spec), module].probe(spec)
 
         def ramps(number: int, layer: int, spec: Gate) -> Tensor:
             key = ramp_key(number, layer)
@@ -171,18 +180,28 @@ class Captured:
         the samples of every place too where the recipes measure directions.
         """
         taps: dict[Decision, dict[Any, Tap]] = {}
+        apart = any(in_null_space(one) for one in recipes)
         for plan, recipe in zip(plans, recipes, strict=True):
             for places, modules in probed_apart(plan, recipe).items():
-                missing = [one for one in sorted(modules) if (places, one) not in self._inputs]
+                known = {
+                    module
+                    for (where, module), one in self._inputs.items()
+                    if where == places and not (apart and one.still is None)
+                }
+                missing = sorted(modules - known)
                 taps.setdefault(places, {}).update(probes(self._model, plan, missing))
         for places, read in taps.items():
             if read:
-                self._read_at(places, read, recipes)
+                self._read_at(places, read, recipes, apart)
 
     def _read_at(
-        self, positions: Decision, taps: Mapping[Any, Tap], recipes: Sequence[Recipe]
+        self,
+        positions: Decision,
+        taps: Mapping[Any, Tap],
+        recipes: Sequence[Recipe],
+        apart: bool,
     ) -> None:
-        """Measure some inputs where gates decide at some positions."""
+        """Measure some inputs where gates decide at some positions, of STILL `apart` too."""
         found: dict[str, _Inputs] = {}
         weighed = self._chats.weighed(positions)
         places = self._unseen(recipes)
@@ -201,7 +220,10 @@ class Captured:
                     if module in found:
                         found[module].gram += gram
                     else:
-                        found[module] = _Inputs(gram)
+                        found[module] = _Inputs(gram.clone())
+                    if apart and role in STILL:
+                        before = found[module].still
+                        found[module].still = gram if before is None else before + gram
                     found[module].means[role] = both[module].mean
                 for key, layer in streams:
                     seen[key].setdefault(role, {})[layer] = both[key, layer].values
@@ -226,7 +248,8 @@ class Captured:
     @property
     def held(self) -> int:
         """The bytes of matrices and samples."""
-        kept = [one.gram for one in self._inputs.values()]
+        inputs = self._inputs.values()
+        kept = [gram for one in inputs for gram in (one.gram, one.still) if gram is not None]
         for roles in self._samples.values():
             kept += [one for layers in roles.values() for one in layers.values()]
         return sum(one.nbytes for one in kept)
@@ -286,13 +309,15 @@ class Captured:
         return {layer: place.tap(layer, rows=rows) for layer in range(self._depth)}
 
 
-def check_memory(recipe: str, widths: Iterable[int], base: Checkpoint) -> None:
+def check_memory(
+    recipe: str, widths: Iterable[int], base: Checkpoint, null_space: bool = False
+) -> None:
     """Refuse to measure more gated writers' inputs [widths] than memory holds beside the model.
 
-    Raises RecipeError with both figures.
+    For probes in a null space one more matrix stays of each. Raises RecipeError with both figures.
     """
     widths = list(widths)
-    needed = SUMMED * sum(width**2 for width in widths)
+    needed = (SUMMED + 4 * null_space) * sum(width**2 for width in widths)
     free = free_memory() - sum(info.stop - info.start for info in base.tensors.values())
     if needed > free:
         raise RecipeError(
@@ -300,6 +325,11 @@ def check_memory(recipe: str, widths: Iterable[int], base: Checkpoint) -> None:
             f"{needed / 2**30:.1f} GiB and {max(free, 0) / 2**30:.1f} GiB are free beside the "
             "model; open fewer layers or sites (BAKE_MEMORY sets the memory)"
         )
+
+
+def in_null_space(recipe: Recipe) -> bool:
+    """Whether some gate's probes are in the null space of what is not steered."""
+    return any(isinstance(one, Gate) and one.null_space is not None for one in recipe.edits)
 
 
 def _moments(samples: Tensor, conversations: Sequence[Conversation]) -> Moments:
