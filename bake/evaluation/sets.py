@@ -26,7 +26,9 @@ STANDING: Mapping[str, str] = {
 }
 POLITICAL = "political"
 # Of answers to these there are verdicts alone.
-HARMFUL = frozenset({"harmful", "harmful-further", "misinformation", "political-dressed"})
+HARMFUL = frozenset(
+    {"harmful", "harmful-further", "harmful-more", "misinformation", "political-dressed"}
+)
 
 
 @dataclass(frozen=True)
