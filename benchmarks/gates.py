@@ -353,13 +353,22 @@ class Bench:
 
     def gates(self, ordered: bool) -> list[Way]:
         """Rank-one gates."""
-        recipe = self._recipe(f"edits.0.ordered={str(ordered).lower()}")
+        return [self._gated(ordered, one) for one in (ORDERED if ordered else APART)]
+
+    def _gated(self, ordered: bool, chosen: "Gated") -> Way:
+        recipe = self._recipe(
+            f"edits.0.ordered={str(ordered).lower()}",
+            f"edits.0.layers={chosen.layers}",
+            f"edits.0.strength={-chosen.fitted}",
+            f"edits.0.protected={chosen.protected}",
+            f"fit.estimator={chosen.estimator}",
+        )
         fitted = [one for one in self._fitted(recipe) if isinstance(one, Gate)]
 
         def hooks(strength: float) -> Sequence[Intervention]:
-            return [replace(one, vector=strength / FITTED * one.vector) for one in fitted]
+            return [replace(one, vector=strength / chosen.fitted * one.vector) for one in fitted]
 
-        return [Way(GATED, lowest(self._fits.plan(recipe)), hooks)]
+        return Way(str(chosen), lowest(self._fits.plan(recipe)), hooks)
 
     def blocks(self) -> list[Way]:
         """Block gates that decide at the prompt's last token."""
@@ -536,7 +545,26 @@ def _shown(found: Mapping[str, float]) -> Row:
     }
 
 
+@dataclass(frozen=True)
+class Gated:
+    """A setting of rank-one gates: what harmful requests are read as, and the strength of the fit.
+
+    `fitted` counts for gates in order alone, which see each other at it.
+    """
+
+    layers: str
+    estimator: str = "mean-difference"
+    protected: float = 0.0
+    fitted: float = FITTED
+
+    def __str__(self) -> str:
+        toward = f", harmful requests towards refusal by {self.protected:g}"
+        return f"{self.layers}, {self.estimator}{toward if self.protected else ''}"
+
+
 # The settings that are tried: blocks, and what else a method leaves open.
+APART = [Gated("13-24")]
+ORDERED = [Gated("13-24")]
 BLOCKS = [("17,20,23", 90.0), ("15,17,19,21,23", 90.0)]
 ADDS = [
     *[(layers,) for layers in ("11", "15", "19", "13-24")],
