@@ -19,13 +19,15 @@ and the KL. At the openness of `--answers` further sets are asked, and whole ans
 | `add` | the directions added behind one block, or spread over several |
 | `ablate` | one direction out of all that some blocks write, or of all blocks |
 | `wang` | the same, the direction orthogonal to that of harmful requests (arXiv:2410.03415) |
+| `heretic` | the models of heretic's Pareto front that `benchmarks.heretic` left in `--models` |
 | `alphasteer` | AlphaSteer (arXiv:2506.07022), by a hook |
 | `cast` | CAST (arXiv:2409.05907), by a hook |
 
 `--every` prints a method's other settings too; nothing is chosen by that.
 
 Rank-one gates are fitted at strength 1.75, where those in order see each other, and then scaled;
-those of `both` at the recipe's own, which is 1 here.
+those of `both` at the recipe's own, which is 1 here. Of a model of heretic's 1 is the model itself,
+and what its weights gained is scaled: its search has no strength.
 """
 
 import argparse
@@ -41,6 +43,7 @@ import torch
 from torch import Tensor
 
 from bake.activations import Tap, collect
+from bake.checkpoint import Checkpoint
 from bake.evaluate import judged, rates
 from bake.evaluation.sets import chosen_sets
 from bake.fit.conversations import conversations_of
@@ -67,6 +70,7 @@ from benchmarks.peers import (
     best_condition,
     mean_states,
 )
+from benchmarks.weights import moved
 
 RECIPE, BOTH = "political-open", "political-open-block"
 # What is fitted, whatever the recipe's own gates are: blocks, strength, tokens, prompts a class.
@@ -97,14 +101,16 @@ def main() -> None:
     arguments.add_argument("--prompts", type=int, default=48, help="test prompts of each set")
     arguments.add_argument("--answered", type=int, default=40, help="of these, with answers")
     arguments.add_argument("--every", action="store_true", help="every setting of a method")
+    arguments.add_argument("--models", type=Path, help="a folder with heretic's, as trial-*")
     arguments.add_argument("--json", type=Path)
     chosen = arguments.parse_args()
     torch.set_num_threads(2)
     wanted, answers = (
         [float(one) for one in text.split(",") if one] for text in (chosen.target, chosen.answers)
     )
-    bench = Bench(chosen.prompts, chosen.answered)
-    found = printed(bench.rows(chosen.only or METHODS, wanted, answers, chosen.every))
+    bench = Bench(chosen.prompts, chosen.answered, chosen.models)
+    methods = chosen.only or [one for one in METHODS if one != "heretic" or chosen.models]
+    found = printed(bench.rows(methods, wanted, answers, chosen.every))
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
@@ -236,11 +242,11 @@ def crossing(tried: Sequence[tuple[float, float]], wanted: float) -> float | Non
 class Bench:
     """The demo with its fits, and the prompts that are asked."""
 
-    def __init__(self, count: int, answered: int) -> None:
+    def __init__(self, count: int, answered: int, models: Path | None = None) -> None:
         loaded = load_recipe(RECIPE, overrides=KEYS)
         assert loaded.recipe.search is not None
         self.recipe, self._fits = loaded.recipe, Fits(loaded, loaded.recipe.search)
-        self._count, self._answered = count, answered
+        self._count, self._answered, self._models = count, answered, models
         self._asked: dict[tuple[str, bool], Asked] = {}
         self._bare: list[list[int]] = []
         self._seen: dict[tuple[int, ...], Tensor] = {}
@@ -440,6 +446,23 @@ class Bench:
         settings = f"{layers}, that of block {direction}, {variant}"
         return Way(settings, lowest(self._fits.plan(recipe)), hooks)
 
+    def saved(self) -> list[Way]:
+        """The models in the folder, by what their weights gained."""
+        if self._models is None:
+            raise SystemExit("heretic: give the folder of its models (--models)")
+        places = self._models.glob("trial-*")
+        found = sorted(places, key=lambda one: int(one.name.removeprefix("trial-")))
+        return [self._saved(one) for one in found]
+
+    def _saved(self, folder: Path) -> Way:
+        ready = self._fits.ready
+        changes = moved(ready.base, Checkpoint.open(folder), ready.arch)
+
+        def hooks(strength: float) -> Sequence[Intervention]:
+            return [replace(one, share=strength) for one in changes]
+
+        return Way(folder.name, min(one.layer for one in changes), hooks)
+
     def alphasteers(self) -> list[Way]:
         """A readout of 1 on the target within the null space of all other prompts."""
         return [self._alphasteer(*one) for one in ALPHASTEERS]
@@ -586,6 +609,7 @@ METHODS: dict[str, Callable[[Bench], list[Way]]] = {
     "add": Bench.adds,
     "ablate": lambda bench: bench.ablations("none"),
     "wang": lambda bench: bench.ablations("remove"),
+    "heretic": Bench.saved,
     "alphasteer": Bench.alphasteers,
     "cast": Bench.casts,
 }

@@ -101,6 +101,9 @@ def main() -> None:
     arguments.add_argument("--test", type=int, default=96, help="test prompts of each role")
     arguments.add_argument("--front", type=int, default=5, help="of heretic's models, at most")
     arguments.add_argument("--folder", type=Path, help="where what is finished stays")
+    arguments.add_argument(
+        "--models", action="store_true", help="heretic's search and models alone, in --folder"
+    )
     arguments.add_argument("--json", type=Path)
     chosen = arguments.parse_args()
     torch.set_num_threads(2)
@@ -115,6 +118,9 @@ def main() -> None:
 def _rows(folder: Path, chosen: argparse.Namespace) -> Iterator[Row]:
     tokens = [f"evaluate.answer_tokens={chosen.tokens}"] if chosen.tokens else []
     ready = prepare(load_recipe(RECIPE, overrides=tokens).recipe)
+    if chosen.models:
+        _once(folder / "heretic.json", lambda: _heretic(folder / "heretic", ready, chosen))
+        return
     ours = _once(folder / "bake.json", lambda: _search(folder, chosen, tokens))
     theirs = _once(folder / "heretic.json", lambda: _heretic(folder / "heretic", ready, chosen))
 

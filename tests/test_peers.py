@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bake.archs import find_arch
@@ -24,6 +26,7 @@ from benchmarks.peers import (
     mean_states,
     similarity,
 )
+from benchmarks.weights import moved
 from tests.tiny import write_tiny
 
 PROMPTS = ["w5 w9", "w5 w9 w30 w31 w32", "w5 w11", "w40", "w41 w42 w43 w44"]
@@ -137,6 +140,33 @@ def test_f_score_counts_what_it_should(beta: float, expected: float) -> None:
     """Two of four are found, and one of the others: precision 2/3, recall 1/2."""
     fires = torch.tensor([1, 1, 0, 0, 1, 0, 0]).bool()
     assert f_score(fires, _first(4, 3), beta) == pytest.approx(expected)
+
+
+# Another checkpoint
+
+
+def test_what_a_checkpoint_gained_does_what_it_does(tmp_path: Path) -> None:
+    for name in ("base", "other"):
+        write_tiny("llama", tmp_path / name)
+    weights = load_file(file := tmp_path / "other" / "model.safetensors")
+    for name in ("model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"):
+        weights[name] += drawn(1, *weights[name].shape).float() / 9
+    save_file(weights, file, {"format": "pt"})
+    base, other = (Checkpoint.open(tmp_path / name) for name in ("base", "other"))
+    arch = find_arch(base.config, "config.json", base.tensors)
+    changes = moved(base, other, arch)
+    assert [one.layer for one in changes] == [1, 2]
+    edited, model = (LiveModel.load(one.folder, arch) for one in (other, base))
+    (batch,) = batches([model.render(PROMPTS[1])], 2, 1)
+    with steered(model, changes), torch.inference_mode():
+        torch.testing.assert_close(model.logits(batch), edited.logits(batch))
+    with steered(model, [replace(one, share=0.0) for one in changes]), torch.inference_mode():
+        found = model.logits(batch)
+    torch.testing.assert_close(found, LiveModel.load(base.folder, arch).logits(batch))
+    weights["model.norm.weight"] += 1
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight differs"):
+        moved(base, Checkpoint.open(tmp_path / "other"), arch)
 
 
 # Equal openness
