@@ -190,13 +190,21 @@ class Openness:
     tried: dict[float, float] = field(default_factory=dict)
 
     def scan(self, lowest: float) -> None:
-        """Try ever larger strengths, until the share is so low, or no longer falls."""
+        """Try ever larger strengths, until the share is so low, or no longer falls.
+
+        Then also half a step on either side of where it is lowest.
+        """
         least = min(self.tried.values())
         for step in range(TRIES):
             share = self._at(START * STEP**step)
-            if share <= lowest or share > 1.1 * least:
+            if share <= lowest:
                 return
+            if share > 1.1 * least:
+                break
             least = min(least, share)
+        middle = min(self.tried, key=lambda one: self.tried[one])
+        for strength in (middle / STEP**0.5, middle * STEP**0.5):
+            self._at(strength)
 
     def strength(self, wanted: float, tries: int = 0) -> float:
         """Where the share first falls to what is wanted, between two strengths that were tried.
@@ -208,9 +216,11 @@ class Openness:
             pairs = sorted(self.tried.items())
             if (found := crossing(pairs, wanted)) is None:
                 return min(pairs, key=lambda one: one[1])[0]
-            near = [one for one, share in pairs if abs(share / wanted - 1) <= NEAR]
-            if near:
-                return near[0]
+            # Further on the share may rise again.
+            end = next(one for one, share in pairs if share <= wanted)
+            for one, share in pairs:
+                if one <= end and abs(share / wanted - 1) <= NEAR:
+                    return one
             if not tries:
                 return found
             self._at(found)

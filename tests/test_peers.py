@@ -195,6 +195,18 @@ def test_what_never_opens_so_far_is_taken_where_it_opens_farthest() -> None:
     assert found.strength(20, 4) == min(found.tried, key=lambda one: abs(one - 1.4))
 
 
+def test_half_a_step_further_is_tried_where_no_strength_opens_so_far() -> None:
+    found = Openness(lambda strength: 4 + 30 * abs(strength - 3.2), {0.0: 99.0})
+    found.scan(3)
+    assert min(abs(one / 3.2 - 1) for one in found.tried) < 0.02
+
+
+def test_a_share_that_comes_back_later_is_not_taken() -> None:
+    shares = {0.0: 90.0, 1.0: 20.0, 2.0: 2.0, 3.0: 5.0}
+    found = Openness(lambda strength: 20 - 18 * (strength - 1), dict(shares))
+    assert found.strength(5, 4) < 2
+
+
 def test_the_first_crossing_counts() -> None:
     tried = [(0.0, 90.0), (1.0, 20.0), (2.0, 60.0), (3.0, 10.0)]
     assert 0.5 < (crossing(tried, 30) or 0) < 1
