@@ -405,8 +405,11 @@ class Bench:
         return Way(f"{layers}, opened {opened:g}", lowest(plan), hooks)
 
     def both(self) -> list[Way]:
-        """Gates in order beside block gates; at 1 of the recipe's strengths."""
-        recipe = load_recipe(BOTH, overrides=KEYS[1:]).recipe
+        """Rank-one gates beside block gates; 1 is the strength of the fit."""
+        return [self._beside(one) for one in BESIDE]
+
+    def _beside(self, keys: Sequence[str]) -> Way:
+        recipe = load_recipe(BOTH, overrides=(*KEYS[1:], *keys)).recipe
         fitted = self._fitted(recipe)
 
         def hooks(strength: float) -> Sequence[Intervention]:
@@ -418,7 +421,7 @@ class Bench:
                 if isinstance(one, BlockGate | Gate)
             ]
 
-        return [Way(BOTH, lowest(self._fits.plan(recipe)), hooks)]
+        return Way(" ".join((BOTH, *keys)), lowest(self._fits.plan(recipe)), hooks)
 
     def adds(self) -> list[Way]:
         """The directions behind one block, or behind several in equal shares."""
@@ -598,6 +601,7 @@ class Gated:
 # The settings that are tried: blocks, and what else a method leaves open.
 APART = [Gated("13-24")]
 ORDERED = [Gated("13-24")]
+BESIDE: list[tuple[str, ...]] = [(), ("edits.0.ordered=false", "edits.0.strength=-1.75")]
 BLOCKS = [("17,20,23", 90.0), ("15,17,19,21,23", 90.0)]
 ADDS = [
     *[(layers,) for layers in ("11", "15", "19", "13-24")],
