@@ -3,8 +3,9 @@
     python -m benchmarks.gates [--only METHOD] [--json FILE]
 
 The demo and the recipe `political-open`. Every method is fitted on the fit split of the recipe and
-steers away from refusal along the same directions, mean differences; `wang` and some settings of
-`add` take them without the direction of harmful requests. On the select split the strength is found
+steers away from refusal along the same directions: mean differences, or for what steers on several
+blocks also those of `rmd`; `wang` and some settings of `add` take them without the direction of
+harmful requests. On the select split the strength is found
 at which the mean P(refusal) of the first answer token to political questions is the one asked for,
 and the best of a method's settings: of those that come to most of what is asked, the one under
 which harmful requests lose least of their P(refusal) at 5 %, to a tenth of a point (what they gain
@@ -58,6 +59,7 @@ from bake.ops.add import Add
 from bake.ops.block_gate import BlockGate
 from bake.ops.gate import Gate
 from bake.prompts import Prompt
+from bake.recipe import Ablate as AblateSpec
 from bake.recipe import Recipe, load_recipe
 from bake.search.behind import Behind
 from bake.search.bench import Bench as Fits
@@ -76,7 +78,7 @@ from benchmarks.weights import moved
 
 RECIPE, BOTH = "political-open", "political-open-block"
 # What is fitted, whatever the recipe's own gates are: blocks, strength, tokens, prompts a class.
-GATED, FITTED = "13-24", 1.75
+GATED, FITTED, ESTIMATOR = "13-24", 1.75, "mean-difference"
 KEYS = (
     f"edits=[{{op: gate, layers: {GATED}, strength: {-FITTED}}}]",
     "fit.positions={template: 6, answer: 10}",
@@ -438,37 +440,48 @@ class Bench:
         """The directions behind one block, or behind several in equal shares."""
         return [self._added(*one) for one in ADDS]
 
-    def _added(self, layers: str, protect: str = "none") -> Way:
-        vectors = self._vectors(layers, protect)
+    def _added(self, layers: str, protect: str = "none", estimator: str = ESTIMATOR) -> Way:
+        vectors = self._vectors(layers, protect, estimator)
         apart = ", without the protected direction" if protect == "remove" else ""
 
         def hooks(strength: float) -> Sequence[Intervention]:
             return [replace(one, vector=strength * one.vector) for one in vectors]
 
-        return Way(f"{layers}{apart}", min(one.layer for one in vectors), hooks)
+        first = min(one.layer for one in vectors)
+        return Way(f"{layers}, {estimator}{apart}", first, hooks)
 
-    def _vectors(self, layers: str, protect: str = "none") -> list[Add]:
+    def _vectors(self, layers: str, protect: str = "none", estimator: str = ESTIMATOR) -> list[Add]:
         """By block its share of the directions, away from refusal."""
         first, _, last = layers.partition("-")
         every = range(int(first), int(last or first) + 1)
         edits = [f"{{op: add, layer: {one}, strength: {-1 / len(every)}}}" for one in every]
-        recipe = self._recipe(f"edits=[{', '.join(edits)}]", f"fit.protect={protect}")
+        keys = f"edits=[{', '.join(edits)}]", f"fit.protect={protect}", f"fit.estimator={estimator}"
+        recipe = self._recipe(*keys)
         return [one for one in self._fitted(recipe) if isinstance(one, Add)]
 
     def ablations(self, protect: str) -> list[Way]:
         """One direction out of what blocks write."""
-        return [self._ablated(*one, protect) for one in ABLATIONS]
+        return [self._ablated(one, protect) for one in ABLATIONS]
 
-    def _ablated(self, layers: str, direction: int, variant: str, protect: str) -> Way:
-        edit = f"{{op: ablate, layers: {layers}, variant: {variant}}}"
-        recipe = self._recipe(f"edits=[{edit}]", f"fit.layer={direction}", f"fit.protect={protect}")
+    def _ablated(self, chosen: "Ablated", protect: str) -> Way:
+        edits = [
+            f"{{op: ablate, layers: {layers}, variant: {chosen.variant}, strength: {weight}}}"
+            for layers, weight in chosen.weights.items()
+        ]
+        layer = "null" if chosen.direction is None else chosen.direction
+        recipe = self._recipe(
+            f"edits=[{', '.join(edits)}]", f"fit.layer={layer}", f"fit.protect={protect}"
+        )
 
         def hooks(strength: float) -> Sequence[Intervention]:
-            spec = recipe.edits[0].model_copy(update={"strength": strength})
-            return self._fitted(recipe.model_copy(update={"edits": (spec,)}))
+            specs = tuple(
+                one.model_copy(update={"strength": strength * one.strength})
+                for one in recipe.edits
+                if isinstance(one, AblateSpec)
+            )
+            return self._fitted(recipe.model_copy(update={"edits": specs}))
 
-        settings = f"{layers}, that of block {direction}, {variant}"
-        return Way(settings, lowest(self._fits.plan(recipe)), hooks)
+        return Way(str(chosen), lowest(self._fits.plan(recipe)), hooks)
 
     def saved(self) -> list[Way]:
         """The models in the folder, by what their weights gained."""
@@ -491,9 +504,9 @@ class Bench:
         """A readout of 1 on the target within the null space of all other prompts."""
         return [self._alphasteer(*one) for one in ALPHASTEERS]
 
-    def _alphasteer(self, layers: str, share: float) -> Way:
+    def _alphasteer(self, layers: str, share: float, estimator: str = ESTIMATOR) -> Way:
         fitted = []
-        for one in self._vectors(layers):
+        for one in self._vectors(layers, estimator=estimator):
             states = {role: found[one.layer] for role, found in self._states.items()}
             target = states.pop("target")
             probe = alphasteer_probe(target, torch.cat([*states.values()]), share).float()
@@ -503,7 +516,8 @@ class Bench:
             return [replace(one, vector=strength * one.vector) for one in fitted]
 
         first = min(one.layer for one in fitted)
-        return Way(f"{layers}, {share:g} of the dimensions", first, hooks, whole=True)
+        settings = f"{layers}, {estimator}, {share:g} of the dimensions"
+        return Way(settings, first, hooks, whole=True)
 
     @cached_property
     def _states(self) -> dict[str, dict[int, Tensor]]:
@@ -523,14 +537,14 @@ class Bench:
     def casts(self) -> list[Way]:
         """The directions of `adds`, for prompts whose mean state meets the best condition."""
         found = [(beta, self._condition(beta)) for beta in BETAS]
-        return [self._cast(layers, *one) for layers in CASTS for one in found]
+        return [self._cast(*chosen, *one) for chosen in CASTS for one in found]
 
-    def _cast(self, layers: str, beta: float, condition: Condition) -> Way:
+    def _cast(self, layers: str, estimator: str, beta: float, condition: Condition) -> Way:
         def fires(sequences: Sequences) -> list[bool]:
             return condition.holds(self._means(sequences)).tolist()
 
-        added = self._added(layers)
-        settings = f"{layers}, if {condition} (F{beta:g} {condition.score:.3f})"
+        added = self._added(layers, estimator=estimator)
+        settings = f"{added.settings}, if {condition} (F{beta:g} {condition.score:.3f})"
         return Way(settings, added.first, added.hooks, fires)
 
     def _condition(self, beta: float) -> Condition:
@@ -600,13 +614,47 @@ class Gated:
     """
 
     layers: str
-    estimator: str = "mean-difference"
+    estimator: str = ESTIMATOR
     protected: float = 0.0
     fitted: float = FITTED
 
     def __str__(self) -> str:
         toward = f", harmful requests towards refusal by {self.protected:g}"
         return f"{self.layers}, {self.estimator}{toward if self.protected else ''}"
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """A setting of an ablation: out of which blocks, and the direction of which block.
+
+    None is each block's own; then the weights fall from 1 at `peak`, if there is one, in a
+    straight line to `edge` at `width` blocks from there, and are 0 farther on.
+    """
+
+    layers: str
+    direction: int | None
+    variant: str = "plain"
+    peak: int | None = None
+    width: int = 1
+    edge: float = 0.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By the blocks of one edit its weight."""
+        if self.direction is not None:
+            return {self.layers: 1.0}
+        first, last = map(int, self.layers.split("-"))
+        found = {}
+        for layer in range(first, last + 1):
+            away = 0.0 if self.peak is None else abs(layer - self.peak) / self.width
+            if away <= 1 and (weight := 1 + away * (self.edge - 1)):
+                found[f"[{layer}]"] = round(weight, 4)
+        return found
+
+    def __str__(self) -> str:
+        own = "each its own" if self.direction is None else f"that of block {self.direction}"
+        near = f", peak {self.peak}, {self.edge:g} at {self.width}" if self.peak else ""
+        return f"{self.layers}, {own}, {self.variant}{near}"
 
 
 # The settings that are tried: blocks, and what else a method leaves open.
@@ -624,14 +672,17 @@ BLOCKS = [("17,20,23", 90.0), ("15,17,19,21,23", 90.0)]
 ADDS = [
     *[(layers,) for layers in ("11", "15", "19", "13-24")],
     *[(layers, "remove") for layers in ("15", "13-24")],
+    ("14-26", "none", "rmd"),
 ]
 ABLATIONS = [
-    ("0-29", 14, "plain"),
-    ("10-23", 14, "plain"),
-    ("0-29", 14, "affine"),
+    Ablated("0-29", 14),
+    Ablated("10-23", 14),
+    Ablated("0-29", 14, "affine"),
+    Ablated("10-29", None),
+    Ablated("10-29", None, "[projected, norm-preserving]"),
 ]
-ALPHASTEERS = [("13-24", 0.5), ("13-24", 0.3)]
-CASTS = ["15", "13-24"]
+ALPHASTEERS = [("13-24", 0.5), ("13-24", 0.3), ("14-26", 0.5, "rmd")]
+CASTS = [("15", ESTIMATOR), ("13-24", ESTIMATOR), ("14-26", "rmd")]
 BETAS = [1.0, 2.0]
 METHODS: dict[str, Callable[[Bench], list[Way]]] = {
     "gate": lambda bench: bench.gates(False),
