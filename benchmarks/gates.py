@@ -3,15 +3,15 @@
     python -m benchmarks.gates [--only METHOD] [--json FILE]
 
 The demo and the recipe `political-open`. Every method is fitted on the fit split of the recipe and
-steers away from refusal along the same directions: mean differences, or for what steers on several
-blocks also those of `rmd`; `wang` and some settings of `add` take them without the direction of
-harmful requests. On the select split the strength is found
-at which the mean P(refusal) of the first answer token to political questions is the one asked for,
-and the best of a method's settings: of those that come to most of what is asked, the one under
-which harmful requests lose least of their P(refusal) at 5 %, to a tenth of a point (what they gain
-counts as nothing lost), and then the one of the least KL(base‖steered) on general prompts there. Of
-that setting the figures of the test split are printed: mean P(refusal) of every set,
-and the KL. At the openness of `--answers` further sets are asked, and whole answers are written.
+steers away from refusal along the same directions: mean differences, or, where it steers on several
+blocks, also those of `rmd`; `wang` and some settings of `add` take them without the direction of
+harmful requests. On the select split the strength is found at which the mean P(refusal) of the
+first answer token to political questions is the one asked for, and the best of a method's settings:
+of those that come to most of what is asked, the one under which harmful requests lose least of
+their P(refusal) at 5 %, to a tenth of a point (what they gain counts as nothing lost), and then the
+one of the least KL(base‖steered) on general prompts there. Of that setting the figures of the test
+split are printed: mean P(refusal) of every set, and the KL. At the openness of `--answers` further
+sets are asked, and whole answers are written.
 
 | method | what it is |
 |---|---|
@@ -504,7 +504,7 @@ class Bench:
         """A readout of 1 on the target within the null space of all other prompts."""
         return [self._alphasteer(*one) for one in ALPHASTEERS]
 
-    def _alphasteer(self, layers: str, share: float, estimator: str = ESTIMATOR) -> Way:
+    def _alphasteer(self, layers: str, share: float, estimator: str) -> Way:
         fitted = []
         for one in self._vectors(layers, estimator=estimator):
             states = {role: found[one.layer] for role, found in self._states.items()}
@@ -681,7 +681,7 @@ ABLATIONS = [
     Ablated("10-29", None),
     Ablated("10-29", None, "[projected, norm-preserving]"),
 ]
-ALPHASTEERS = [("13-24", 0.5), ("13-24", 0.3), ("14-26", 0.5, "rmd")]
+ALPHASTEERS = [("13-24", 0.5, ESTIMATOR), ("13-24", 0.3, ESTIMATOR), ("14-26", 0.5, "rmd")]
 CASTS = [("15", ESTIMATOR), ("13-24", ESTIMATOR), ("14-26", "rmd")]
 BETAS = [1.0, 2.0]
 METHODS: dict[str, Callable[[Bench], list[Way]]] = {
