@@ -59,7 +59,6 @@ from bake.ops.add import Add
 from bake.ops.block_gate import BlockGate
 from bake.ops.gate import Gate
 from bake.prompts import Prompt
-from bake.recipe import Ablate as AblateSpec
 from bake.recipe import Recipe, load_recipe
 from bake.search.behind import Behind
 from bake.search.bench import Bench as Fits
@@ -465,8 +464,8 @@ class Bench:
 
     def _ablated(self, chosen: "Ablated", protect: str) -> Way:
         edits = [
-            f"{{op: ablate, layers: {layers}, variant: {chosen.variant}, strength: {weight}}}"
-            for layers, weight in chosen.weights.items()
+            f"{{op: ablate, layers: {layers}, variant: {chosen.variant}}}"
+            for layers in chosen.parts
         ]
         layer = "null" if chosen.direction is None else chosen.direction
         recipe = self._recipe(
@@ -474,11 +473,7 @@ class Bench:
         )
 
         def hooks(strength: float) -> Sequence[Intervention]:
-            specs = tuple(
-                one.model_copy(update={"strength": strength * one.strength})
-                for one in recipe.edits
-                if isinstance(one, AblateSpec)
-            )
+            specs = tuple(one.model_copy(update={"strength": strength}) for one in recipe.edits)
             return self._fitted(recipe.model_copy(update={"edits": specs}))
 
         return Way(str(chosen), lowest(self._fits.plan(recipe)), hooks)
@@ -625,36 +620,23 @@ class Gated:
 
 @dataclass(frozen=True)
 class Ablated:
-    """A setting of an ablation: out of which blocks, and the direction of which block.
-
-    None is each block's own; then the weights fall from 1 at `peak`, if there is one, in a
-    straight line to `edge` at `width` blocks from there, and are 0 farther on.
-    """
+    """A setting of an ablation: out of which blocks, and whose direction; None is each its own."""
 
     layers: str
     direction: int | None
     variant: str = "plain"
-    peak: int | None = None
-    width: int = 1
-    edge: float = 0.0
 
     @property
-    def weights(self) -> dict[str, float]:
-        """By the blocks of one edit its weight."""
+    def parts(self) -> list[str]:
+        """The blocks of each edit."""
         if self.direction is not None:
-            return {self.layers: 1.0}
+            return [self.layers]
         first, last = map(int, self.layers.split("-"))
-        found = {}
-        for layer in range(first, last + 1):
-            away = 0.0 if self.peak is None else abs(layer - self.peak) / self.width
-            if away <= 1 and (weight := 1 + away * (self.edge - 1)):
-                found[f"[{layer}]"] = round(weight, 4)
-        return found
+        return [f"[{layer}]" for layer in range(first, last + 1)]
 
     def __str__(self) -> str:
         own = "each its own" if self.direction is None else f"that of block {self.direction}"
-        near = f", peak {self.peak}, {self.edge:g} at {self.width}" if self.peak else ""
-        return f"{self.layers}, {own}, {self.variant}{near}"
+        return f"{self.layers}, {own}, {self.variant}"
 
 
 # The settings that are tried: blocks, and what else a method leaves open.
@@ -678,8 +660,10 @@ ABLATIONS = [
     Ablated("0-29", 14),
     Ablated("10-23", 14),
     Ablated("0-29", 14, "affine"),
-    Ablated("10-29", None),
-    Ablated("10-29", None, "[projected, norm-preserving]"),
+    # As heretic's search has it: the blocks where its best trials are, and its two variants.
+    Ablated("15-26", None),
+    Ablated("15-26", None, "[projected, norm-preserving]"),
+    Ablated("18-24", None, "[projected, norm-preserving]"),
 ]
 ALPHASTEERS = [("13-24", 0.5, ESTIMATOR), ("13-24", 0.3, ESTIMATOR), ("14-26", 0.5, "rmd")]
 CASTS = [("15", ESTIMATOR), ("13-24", ESTIMATOR), ("14-26", "rmd")]
