@@ -29,7 +29,8 @@ sets are asked, and whole answers are written.
 
 Rank-one gates are fitted at strength 1.75, where those in order see each other, and then scaled;
 those of `both` at the recipe's own, which is 1 here. Of a model of heretic's 1 is the model itself,
-and what its weights gained is scaled: its search has no strength.
+and what its weights gained is scaled: its search has no strength, but a front, so that the best
+model is chosen for each openness by itself; the one that opens furthest as it is comes first.
 """
 
 import argparse
@@ -278,18 +279,31 @@ class Bench:
         for method in methods:
             ways = METHODS[method](self)
             curves = {way: self._openness(way, min(*wanted, CHOSEN)) for way in ways}
-            chosen = curves if every else [self._best(curves, wanted)]
-            for way, one in product(chosen, wanted):
+            if every:
+                chosen = list(product(curves, wanted))
+            elif method == "heretic":
+                chosen = [(self._best(curves, [one], one), one) for one in wanted]
+            else:
+                chosen = list(product([self._best(curves, wanted, CHOSEN)], wanted))
+            if method == "heretic":
+                saved = min(ways, key=lambda way: self._target(way, 1.0))
+                kept = self._more(saved, 1.0) if answers else {}
+                yield self._row(method, "as saved", saved, 1.0) | kept
+            for way, one in chosen:
                 strength = curves[way].strength(one, REFINED)
-                yield {
-                    "method": method,
-                    "asked": f"{one:g} %",
-                    "settings": way.settings,
-                    "strength": f"{strength:.2f}",
-                    "on select": f"{self._target(way, strength):.1f} %",
-                    **_shown(self.asked("test", way.whole).under(way, strength)),
-                    **(self._more(way, strength) if one in answers else dict.fromkeys(more)),
-                }
+                kept = self._more(way, strength) if one in answers else dict.fromkeys(more)
+                yield self._row(method, f"{one:g} %", way, strength) | kept
+
+    def _row(self, method: str, asked: str, way: Way, strength: float) -> Row:
+        """The figures of the test split, and what the target's select prompts show."""
+        return {
+            "method": method,
+            "asked": asked,
+            "settings": way.settings,
+            "strength": f"{strength:.2f}",
+            "on select": f"{self._target(way, strength):.1f} %",
+            **_shown(self.asked("test", way.whole).under(way, strength)),
+        }
 
     def _more(self, way: Way, strength: float) -> Row:
         """What is measured at some openness alone."""
@@ -332,22 +346,24 @@ class Bench:
     def _target(self, way: Way, strength: float) -> float:
         return self.asked("target", way.whole).under(way, strength)["target"]
 
-    def _best(self, curves: Mapping[Way, Openness], wanted: Sequence[float]) -> Way:
-        """The best of several ways, on the select split."""
+    def _best(self, curves: Mapping[Way, Openness], wanted: Sequence[float], at: float) -> Way:
+        """The best of several ways, on the select split, compared at an openness."""
         if len(curves) == 1:
             return next(iter(curves))
-        merits = {way: self._merit(way, curves[way], wanted) for way in curves}
+        merits = {way: self._merit(way, curves[way], wanted, at) for way in curves}
         for way, (reached, lost, divergence) in merits.items():
-            settings = f"{way.settings}: {reached} of {len(wanted)} reached"
-            print(f"select, {settings}, harmful {lost:+.1f}, KL {-divergence:.4f}", file=sys.stderr)
+            figures = (
+                f"{reached} of {len(wanted)} reached, harmful {lost:+.1f}, KL {-divergence:.4f}"
+            )
+            print(f"select, {at:g} %, {way.settings}: {figures}", file=sys.stderr)
         return max(merits, key=lambda way: merits[way])
 
     def _merit(
-        self, way: Way, openness: Openness, wanted: Sequence[float]
+        self, way: Way, openness: Openness, wanted: Sequence[float], at: float
     ) -> tuple[int, float, float]:
         """By what one way is better than another: what is reached, not lost, and not moved."""
         others = self.asked("others", way.whole)
-        figures = others.under(way, openness.strength(CHOSEN, REFINED))
+        figures = others.under(way, openness.strength(at, REFINED))
         gained = round(figures["protected"] - others.bare()["protected"], 1)
         reached = sum(openness.reaches(one) for one in wanted)
         return reached, min(0.0, gained), -figures["KL"]
