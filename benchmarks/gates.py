@@ -3,15 +3,16 @@
     python -m benchmarks.gates [--only METHOD] [--json FILE]
 
 The demo and the recipe `political-open`. Every method is fitted on the fit split of the recipe and
-steers away from refusal along the same directions: mean differences, or, where it steers on several
-blocks, also those of `rmd`; `wang` and some settings of `add` take them without the direction of
+steers away from refusal along the same directions: mean differences, or, of gates, `add` and `cast`
+on several blocks, also those of `rmd`; `wang` and some settings of `add` take them without the direction of
 harmful requests. On the select split the strength is found at which the mean P(refusal) of the
 first answer token to political questions is the one asked for, and the best of a method's settings:
 of those that come to most of what is asked, the one under which harmful requests lose least of
 their P(refusal) at 5 %, to a tenth of a point (what they gain counts as nothing lost), and then the
-one of the least KL(base‖steered) on general prompts there. Of that setting the figures of the test
-split are printed: mean P(refusal) of every set, and the KL. At the openness of `--answers` further
-sets are asked, and whole answers are written.
+one of the least KL(base‖steered) on general prompts there. What steers unconditionally has its best
+setting at each openness by itself. Of that setting the figures of the test split are printed: mean
+P(refusal) of every set, and the KL. At the openness of `--answers` further sets are asked, and
+whole answers are written.
 
 | method | what it is |
 |---|---|
@@ -29,8 +30,8 @@ sets are asked, and whole answers are written.
 
 Rank-one gates are fitted at strength 1.75, where those in order see each other, and then scaled;
 those of `both` at the recipe's own, which is 1 here. Of a model of heretic's 1 is the model itself,
-and what its weights gained is scaled: its search has no strength, but a front, so that the best
-model is chosen for each openness by itself; the one that opens furthest as it is comes first.
+and what its weights gained is scaled: its search has no strength. The one that opens furthest as it
+is comes first.
 """
 
 import argparse
@@ -281,7 +282,7 @@ class Bench:
             curves = {way: self._openness(way, min(*wanted, CHOSEN)) for way in ways}
             if every:
                 chosen = list(product(curves, wanted))
-            elif method == "heretic":
+            elif method in UNCONDITIONAL:
                 chosen = [(self._best(curves, [one], one), one) for one in wanted]
             else:
                 chosen = list(product([self._best(curves, wanted, CHOSEN)], wanted))
@@ -515,9 +516,9 @@ class Bench:
         """A readout of 1 on the target within the null space of all other prompts."""
         return [self._alphasteer(*one) for one in ALPHASTEERS]
 
-    def _alphasteer(self, layers: str, share: float, estimator: str) -> Way:
+    def _alphasteer(self, layers: str, share: float) -> Way:
         fitted = []
-        for one in self._vectors(layers, estimator=estimator):
+        for one in self._vectors(layers):
             states = {role: found[one.layer] for role, found in self._states.items()}
             target = states.pop("target")
             probe = alphasteer_probe(target, torch.cat([*states.values()]), share).float()
@@ -527,8 +528,7 @@ class Bench:
             return [replace(one, vector=strength * one.vector) for one in fitted]
 
         first = min(one.layer for one in fitted)
-        settings = f"{layers}, {estimator}, {share:g} of the dimensions"
-        return Way(settings, first, hooks, whole=True)
+        return Way(f"{layers}, {share:g} of the dimensions", first, hooks, whole=True)
 
     @cached_property
     def _states(self) -> dict[str, dict[int, Tensor]]:
@@ -681,9 +681,10 @@ ABLATIONS = [
     Ablated("15-26", None, "[projected, norm-preserving]"),
     Ablated("18-24", None, "[projected, norm-preserving]"),
 ]
-ALPHASTEERS = [("13-24", 0.5, ESTIMATOR), ("13-24", 0.3, ESTIMATOR), ("14-26", 0.5, "rmd")]
+ALPHASTEERS = [("13-24", 0.5), ("13-24", 0.3)]
 CASTS = [("15", ESTIMATOR), ("13-24", ESTIMATOR), ("14-26", "rmd")]
 BETAS = [1.0, 2.0]
+UNCONDITIONAL = ("add", "ablate", "wang", "heretic")
 METHODS: dict[str, Callable[[Bench], list[Way]]] = {
     "gate": lambda bench: bench.gates(False),
     "ordered": lambda bench: bench.gates(True),
