@@ -3,8 +3,8 @@
     python -m benchmarks.gates [--only METHOD] [--json FILE]
 
 The demo and the recipe `political-open`. Every method is fitted on the fit split of the recipe and
-steers away from refusal along the same directions: mean differences, or, of gates, `add` and `cast`
-on several blocks, also those of `rmd`; `wang` and some settings of `add` take them without the direction of
+steers away from refusal along the same directions: mean differences, and for rank-one gates, `add`
+and `cast` also those of `rmd`; `wang` and some settings of `add` take them without the direction of
 harmful requests. On the select split the strength is found at which the mean P(refusal) of the
 first answer token to political questions is the one asked for, and the best of a method's settings:
 of those that come to most of what is asked, the one under which harmful requests lose least of
@@ -28,10 +28,10 @@ whole answers are written.
 
 `--every` prints a method's other settings too; nothing is chosen by that.
 
-Rank-one gates are fitted at strength 1.75, where those in order see each other, and then scaled;
-those of `both` at the recipe's own, which is 1 here. Of a model of heretic's 1 is the model itself,
-and what its weights gained is scaled: its search has no strength. The one that opens furthest as it
-is comes first.
+Rank-one gates in order see each other at the strength of their fit, and are then scaled; those of
+`both` are fitted at the recipe's own, which is 1 here. Of heretic's models what their weights
+gained is scaled, since its search has no strength: 1 is the model itself. The one that opens
+furthest as it is comes first.
 """
 
 import argparse
@@ -434,11 +434,8 @@ class Bench:
         return Way(f"{layers}, opened {opened:g}", lowest(plan), hooks)
 
     def both(self) -> list[Way]:
-        """Rank-one gates beside block gates; 1 is the strength of the fit."""
-        return [self._beside(one) for one in BESIDE]
-
-    def _beside(self, keys: Sequence[str]) -> Way:
-        recipe = load_recipe(BOTH, overrides=(*KEYS[1:], *keys)).recipe
+        """Gates in order beside block gates; at 1 of the recipe's strengths."""
+        recipe = load_recipe(BOTH, overrides=KEYS[1:]).recipe
         fitted = self._fitted(recipe)
 
         def hooks(strength: float) -> Sequence[Intervention]:
@@ -450,7 +447,7 @@ class Bench:
                 if isinstance(one, BlockGate | Gate)
             ]
 
-        return Way(" ".join((BOTH, *keys)), lowest(self._fits.plan(recipe)), hooks)
+        return [Way(BOTH, lowest(self._fits.plan(recipe)), hooks)]
 
     def adds(self) -> list[Way]:
         """The directions behind one block, or behind several in equal shares."""
@@ -665,7 +662,6 @@ ORDERED = [
     Gated("14-26", "rmd", fitted=3.5),
     Gated("14-26", "rmd", protected=0.3, fitted=3.5),
 ]
-BESIDE: list[tuple[str, ...]] = [(), ("edits.0.ordered=false", "edits.0.strength=-1.75")]
 BLOCKS = [("17,20,23", 90.0), ("15,17,19,21,23", 90.0)]
 ADDS = [
     *[(layers,) for layers in ("11", "15", "19", "13-24")],
