@@ -24,6 +24,10 @@ def test_unread_axes_are_those_along_which_the_samples_are_largest() -> None:
     axes, wanted = unread(gram, SHARE), busiest(samples, SHARE)
     assert axes.shape == wanted.shape == (9, 12)
     torch.testing.assert_close(axes.T @ axes, wanted.T @ wanted)
+    # One axis stays to be read, and a probe with it.
+    least = unread(gram, 1e-6)
+    assert least.shape == (11, 12)
+    assert float(ridge_solutions(gram, drawn(5, 1, 12), 0.05, least).norm()) > 0
 
 
 def test_a_solution_across_unseen_axes_is_the_best_that_reads_nothing_along_them() -> None:

@@ -50,9 +50,12 @@ def still(moments: Mapping[str, Tensor]) -> Tensor:
 
 
 def unread(gram: Tensor, share: float) -> Tensor:
-    """The axes U [k, d] that a gate's probe does not read: as `busiest`, of E a aᵀ [d, d]."""
+    """The axes U [k, d] that a gate's probe does not read: as `busiest`, of E a aᵀ [d, d].
+
+    At least one is left to read, however small the share.
+    """
     axes: Tensor = torch.linalg.eigh(gram).eigenvectors
-    return axes[:, round(share * len(gram)) :].T
+    return axes[:, max(1, round(share * len(gram))) :].T
 
 
 def in_null_space(direction: Tensor, axes: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def ridge_solutions(
 
     A readout is linear in what it shall read: of the classes' means for w, c = Σ_k y_k c_k.
     Across the orthonormal axes `unseen` U [m, d] it is (P G P + λ I)⁻¹ P w with P = I - UᵀU,
-    the minimum among probes that read nothing along them.
+    the minimum among probes that read nothing along them; λ is of the diagonal of P G P.
     """
     if unseen is not None:
         seen = torch.eye(len(gram), dtype=gram.dtype) - unseen.T @ unseen

@@ -25,7 +25,7 @@ from bake.prepare import Prepared, prepare
 from bake.progress import progress
 from bake.prompts import Prompt
 from bake.recipe import LoadedRecipe, Recipe, Search
-from bake.search.captured import Captured, check_memory, in_null_space
+from bake.search.captured import Captured, asks_null_space, check_memory
 from bake.search.journal import VERSION, Answered, Final
 from bake.search.proxy import Proxy
 from bake.search.space import Corner, Point, corners, refused, with_point
@@ -110,7 +110,7 @@ class Bench:
         }
         width = self.ready.plan.width
         sizes = [edit.shape[0] * edit.shape[1] // width for edit in read.values()]
-        apart = any(in_null_space(corner.recipe) for corner, _ in self.corners)
+        apart = any(asks_null_space(corner.recipe) for corner, _ in self.corners)
         check_memory(self._loaded.source, sizes, self.ready.base, apart)
 
     def plan(self, recipe: Recipe) -> Plan:

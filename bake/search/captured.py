@@ -41,7 +41,7 @@ from bake.progress import progress
 from bake.prompts import Prompt, Splits
 from bake.recipe import Decision, Gate, Recipe
 
-__all__ = ["Captured", "check_memory", "in_null_space"]
+__all__ = ["Captured", "asks_null_space", "check_memory"]
 
 # Bytes an entry of a Gram matrix takes while it is summed: one class in float64, all in float32.
 SUMMED = 12
@@ -180,7 +180,7 @@ class Captured:
         the samples of every place too where the recipes measure directions.
         """
         taps: dict[Decision, dict[Any, Tap]] = {}
-        apart = any(in_null_space(one) for one in recipes)
+        apart = any(asks_null_space(one) for one in recipes)
         for plan, recipe in zip(plans, recipes, strict=True):
             for places, modules in probed_apart(plan, recipe).items():
                 known = {
@@ -327,7 +327,7 @@ def check_memory(
         )
 
 
-def in_null_space(recipe: Recipe) -> bool:
+def asks_null_space(recipe: Recipe) -> bool:
     """Whether some gate's probes are in the null space of what is not steered."""
     return any(isinstance(one, Gate) and one.null_space is not None for one in recipe.edits)
 
