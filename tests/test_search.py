@@ -390,7 +390,9 @@ def test_a_trial_makes_the_edits_that_a_bake_makes(bench: Bench, point: dict[str
 
 def test_what_is_held_is_counted(bench: Bench) -> None:
     """Gram matrices of 32 x 32 in float32; samples of all blocks; states, keys and values."""
-    bench.captured.interventions(bench._recipe, bench.ready.plan)
+    quiet = with_point(bench._recipe, {"edits.0.null_space": 0.4})
+    for recipe in (bench._recipe, quiet):
+        bench.captured.interventions(recipe, bench.plan(recipe))
     prompts = sum(map(len, bench.labels.values()))
     places, inputs = len(bench.captured._samples), len(bench.captured._inputs)
     still = sum(one.still is not None for one in bench.captured._inputs.values())
